@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ladder of imports: a file imports only from files above it in this list; `diffusion` knows no model, no data."""
+
+import ast
+import graphlib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LADDER = """
+    shapes
+    sharding
+    config
+    checkpoint
+    models.attention
+    models.embeddings
+    models.dit
+    models.autoencoder3d
+    models.text_encoders
+    models.critics
+    models.video_features
+    diffusion.flow
+    diffusion.schedules
+    diffusion.guidance
+    diffusion.samplers
+    data.kinetic_scene
+    data.kinetic_shapes
+    data.kinetic_shapes_tfds
+    data.transforms
+    data.video
+    data.folder
+    data.records
+    data.buckets
+    data.loader
+    preprocess
+    sampling.tasks
+    sampling.pipeline
+    interop.mapping
+    interop.diffusers
+    evaluation.metrics
+    evaluation.tracking
+    evaluation.physics
+    evaluation.run
+    train.state
+    train.telemetry
+    train.autoencoder
+    train.dit
+    planning
+    ablations
+    demo
+    cli
+""".split()
+FORBIDDEN = {"diffusion": ("models", "data"), "shapes": ("",)}  # what may not be imported, beyond the ladder
+
+
+def module_name(path: Path) -> str:
+    """stvdm/models/dit.py -> "models.dit"; a package's __init__.py has the package's name."""
+    parts = path.relative_to(ROOT / "stvdm").with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+FILES = {module_name(path): path for path in sorted((ROOT / "stvdm").rglob("*.py"))}
+
+
+def imported(source: str, module: str) -> set[str]:
+    """The modules of stvdm that a source imports, at its top or inside its functions."""
+    found = set()
+    package = ["stvdm", *module.split(".")[:-1]] if module else ["stvdm"]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            name = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in (
+                node.names
+            ):  # `from stvdm.models import dit` imports a module, `from stvdm.models.dit import DiT` a name
+                inner = f"{name}.{alias.name}".removeprefix("stvdm.")
+                found.add(f"stvdm.{inner}" if inner in FILES or inner in LADDER else name)
+    return {name.removeprefix("stvdm.") for name in found if name.startswith("stvdm.")}
+
+
+def test_imports_are_found_in_every_spelling():
+    source = """
+import stvdm.shapes
+import numpy as np
+from stvdm import config, __version__
+from stvdm.models import dit as transformer
+from stvdm.models.dit import DiT
+from . import attention
+from ..data import video
+def f():
+    from stvdm.train import state
+"""
+    assert imported(source, "models.embeddings") == {
+        "shapes",
+        "config",
+        "models.dit",
+        "models.attention",
+        "data.video",
+        "train.state",
+    }
+
+
+def test_every_file_stands_on_the_ladder():
+    packages = {module for module, path in FILES.items() if path.name == "__init__.py"}
+    assert sorted(FILES.keys() - packages - set(LADDER)) == []
+
+
+@pytest.mark.parametrize("module", [module for module in LADDER if module in FILES])
+def test_imports_go_up(module):
+    below = {
+        name
+        for name in imported(FILES[module].read_text("utf-8"), module)
+        if name in LADDER and LADDER.index(name) >= LADDER.index(module)
+    }
+    assert not below, f"stvdm/{module} imports {sorted(below)}, which stand below it"
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_some_know_nothing_of_others(package):
+    for module in FILES:
+        if module.split(".")[0] == package:
+            names = imported(FILES[module].read_text("utf-8"), module)
+            assert not [name for name in names if name.startswith(FORBIDDEN[package])], (
+                f"stvdm/{module} imports {names}"
+            )
+
+
+def test_packages_import_nothing():
+    """The lazy namespace of stvdm/__init__.py apart: importing one module must not bring its neighbours along."""
+    for module, path in FILES.items():
+        if module and path.name == "__init__.py":
+            assert not imported(path.read_text("utf-8"), f"{module}.__init__"), path
+
+
+def test_there_is_no_cycle():
+    graph = {module: imported(path.read_text("utf-8"), module) for module, path in FILES.items() if module}
+    graphlib.TopologicalSorter(graph).prepare()
