@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mesh, and one strict table that says which dimension of an array is split over which axis of it.
+
+Modules name the dimensions of their arrays with logical names; only this file knows what a name means on a
+machine. An unknown name, a name that stands twice in an array, or two names that want the same mesh axis raise:
+nothing is ever left unsharded in silence.
+
+    mesh = make_mesh(fsdp=4, tensor=2)
+    with jax.set_mesh(mesh):
+        tokens_BND = constrain(tokens_BND, "batch", "tokens", None)
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "context", "tensor")
+
+AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {  # logical name -> mesh axes      what it splits
+    "batch": ("data", "fsdp"),  # examples
+    "tokens": "context",  # video tokens of one example
+    "width": "fsdp",  # a weight's D
+    "heads": "tensor",  # a weight's heads x head width, and activations by head
+    "mlp": "tensor",  # a weight's F
+    "layers": None,  # the stacked layers of a scan
+    "channels": None,  # convolution channels
+    "text": None,  # a weight's E
+    "vocab": None,  # rows of an embedding
+}
+
+
+def make_mesh(
+    *, data: int = -1, fsdp: int = 1, context: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh over all devices with the axes of `MESH_AXES`; one axis may be -1 and takes what is left.
+
+    Raises:
+      ValueError: if the axes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = dict(zip(MESH_AXES, (data, fsdp, context, tensor), strict=True))
+    free = [axis for axis, size in sizes.items() if size == -1]
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if any(size < 1 and size != -1 for size in sizes.values()) or len(free) > 1:
+        raise ValueError(f"mesh={sizes}: expected sizes of at least 1, and -1 (the rest) for at most one axis.")
+    if len(devices) % fixed or (not free and fixed != len(devices)):
+        raise ValueError(
+            f"mesh={sizes}: its axes multiply to {fixed}, but there are {len(devices)} devices; "
+            f"let the product divide {len(devices)} and give one axis -1."
+        )
+    if free:
+        sizes[free[0]] = len(devices) // fixed
+    shape = tuple(sizes.values())
+    if devices[0].platform == "tpu":
+        grid = mesh_utils.create_device_mesh(shape, devices=devices, allow_split_physical_axes=True)
+    else:
+        grid = np.asarray(devices).reshape(shape)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def spec(*logical_axes: str | None) -> PartitionSpec:
+    """The partition of an array whose dimensions carry these logical names (None: not split).
+
+    Raises:
+      ValueError: for an unknown name (with near matches), or if a mesh axis would be used twice.
+    """
+    entries = [None if name is None else _mesh_axes(name) for name in logical_axes]
+    used = [axis for entry in entries if entry for axis in ((entry,) if isinstance(entry, str) else entry)]
+    twice = {axis for axis in used if used.count(axis) > 1}
+    if twice:
+        raise ValueError(
+            f"logical axes {logical_axes} map to {tuple(entries)}: mesh axis {sorted(twice)} is used twice; "
+            "give one of the dimensions the name None."
+        )
+    return PartitionSpec(*entries)
+
+
+def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
+    """Pins the partition of an activation inside jit; the identity where no mesh is set."""
+    if len(logical_axes) != x.ndim:
+        raise ValueError(f"{len(logical_axes)} logical axes {logical_axes} for an array of shape {x.shape}.")
+    partition = spec(*logical_axes)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    if any(kind != AxisType.Auto for kind in mesh.axis_types):
+        return x  # inside shard_map the caller splits by hand
+    return jax.lax.with_sharding_constraint(x, partition)
+
+
+def partitioned(init: Callable[..., jax.Array], *logical_axes: str | None) -> Callable[..., Any]:
+    """An initialiser whose parameter remembers the logical names of its dimensions."""
+    spec(*logical_axes)  # raises here, where the module is written, not at some later restore
+    return nn.with_logical_partitioning(init, logical_axes)
+
+
+def shardings(boxed: Any, mesh: Mesh) -> Any:
+    """NamedShardings of a tree of parameters as `Module.init` gives them (boxes and all); the result has no boxes.
+
+    Raises:
+      ValueError: if a dimension does not divide over its mesh axes; all such parameters are listed at once.
+    """
+    problems: list[str] = []
+
+    def one(path: Any, leaf: Any) -> NamedSharding:
+        if not isinstance(leaf, nn.LogicallyPartitioned):
+            return NamedSharding(mesh, PartitionSpec())
+        partition, shape = spec(*leaf.names), leaf.value.shape
+        for size, entry in zip(shape, partition, strict=True):
+            parts = math.prod(mesh.shape[a] for a in ((entry,) if isinstance(entry, str) else entry or ()))
+            if size % parts:
+                problems.append(f"{jax.tree_util.keystr(path)} {shape}: {size} does not divide over {entry}={parts}")
+        return NamedSharding(mesh, partition)
+
+    tree = jax.tree_util.tree_map_with_path(one, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+    if problems:
+        raise ValueError("these parameters do not divide over the mesh:\n  " + "\n  ".join(problems))
+    return tree
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """How a batch from the loader lies on the mesh: examples over data and fsdp."""
+    return NamedSharding(mesh, spec("batch"))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on each device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def _mesh_axes(name: str) -> str | tuple[str, ...] | None:
+    if name not in AXIS_RULES:
+        near = difflib.get_close_matches(name, AXIS_RULES) or sorted(AXIS_RULES)
+        raise ValueError(f"logical axis {name!r} is not in AXIS_RULES; did you mean {', '.join(near)}?")
+    return AXIS_RULES[name]
