@@ -1,0 +1,400 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Video files in and out, by PyAV (FFmpeg in a wheel: nothing has to be installed on the system).
+
+Reading resamples by timestamps: frame k of a clip is the one on screen at `start + k / fps`, whatever the file's own
+rate, constant or variable. Frames come out upright (the display matrix of phones is applied), with square pixels,
+scaled to cover (height, width) and cropped.
+
+    info = probe("clip.mov")                                                  # frames, seconds, fps, size; or BadVideo
+    video = read_video("clip.mov", num_frames=17, fps=8, height=64, width=64) # uint8 (17, 64, 64, 3)
+    write_mp4("out.mp4", video, fps=8); write_gif("out.gif", video, fps=8)
+
+The container format is found by the file's first bytes and pinned, so that bytes are never opened as a playlist or by a
+guess of FFmpeg's. Images (PNG, JPEG, WebP) are videos of one frame.
+"""
+
+import contextlib
+import dataclasses
+import io
+import math
+import os
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from av.video.reformatter import VideoReformatter
+from PIL import Image, ImageDraw, ImageFont
+
+from stvdm.data import transforms
+
+File = str | os.PathLike | bytes
+
+# Titles and comments in another encoding are no reason to refuse a file. PyAV 19 sees to that by itself.
+_METADATA: dict[str, Any] = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
+_ON_TIME = (
+    2e-3  # seconds a frame may come late and still count as on screen; Matroska rounds times to whole milliseconds
+)
+
+
+class BadVideo(ValueError):
+    """A file that can't be used. `reason` says why in a few words, `name` which one."""
+
+    def __init__(self, reason: str, name: str = ""):
+        super().__init__(f"{name}: {reason}" if name else reason)
+        self.reason, self.name = reason, name
+
+    def __reduce__(self) -> tuple:  # crosses process boundaries
+        return type(self), (self.reason, self.name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a file may ask of us before it is refused."""
+
+    num_bytes: int = 4 << 30
+    num_frames: int = 500_000
+    num_pixels: int = 8192 * 4608  # of one frame
+    seconds: float = 4 * 3600.0
+
+
+DEFAULT_LIMITS = Limits()
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoInfo:
+    """What `probe` found: size in pixels as shown (upright, square pixels), seconds, mean frames per second."""
+
+    num_frames: int
+    height: int
+    width: int
+    seconds: float
+    fps: float
+    codec: str
+    container: str
+
+
+def probe(file: File, *, limits: Limits = DEFAULT_LIMITS) -> VideoInfo:
+    """Walk through all packets (read, not decoded) and decode the first frame. Raises BadVideo with the reason."""
+    with _open(file, limits) as (container, stream):
+        first, times, ends, corrupt = None, [], [], 0
+        for packet in container.demux(stream):
+            if packet.size == 0:
+                continue
+            corrupt += packet.is_corrupt
+            time = packet.pts if packet.pts is not None else packet.dts
+            times.append(0 if time is None else time)
+            ends.append(times[-1] + (packet.duration or 0))
+            if len(times) > limits.num_frames:
+                raise BadVideo(f"more than {limits.num_frames} frames")
+            if first is None:
+                first = next(iter(packet.decode()), None)
+        if first is None:
+            first = next(iter(stream.codec_context.decode(None)), None)
+        if first is None:
+            raise BadVideo("no frame in it can be decoded")
+        _check_frame(first, limits)
+        rate = float(stream.average_rate or stream.guessed_rate or 0) or 25.0
+        base = float(stream.time_base or 0)
+        step = max(ends) - max(times) or (1 / rate / base if base else 0)
+        seconds = (max(times) + step - min(times)) * base or len(times) / rate
+        if seconds > limits.seconds:
+            raise BadVideo(f"{seconds:.0f} s long: the limit is {limits.seconds:.0f} s")
+        promised = _promised_seconds(stream)
+        if corrupt or stream.frames * 0.9 > len(times) or promised * 0.9 > seconds + 1 / rate:
+            whole = f"{stream.frames} frames" if stream.frames else f"{promised:.2f} s"
+            raise BadVideo(f"truncated: {len(times) - corrupt} frames, {seconds:.2f} s, are left of {whole}")
+        height, width = _shown_size(first, stream.sample_aspect_ratio)
+        if _transposes(_display_matrix(first)):
+            height, width = width, height
+        return VideoInfo(
+            len(times), height, width, seconds, len(times) / seconds, stream.codec_context.name, container.format.name
+        )
+
+
+def read_video(
+    file: File,
+    *,
+    num_frames: int,
+    fps: float | None = None,
+    start: float = 0.0,
+    height: int | None = None,
+    width: int | None = None,
+    position: tuple[float, float] = (0.5, 0.5),
+    limits: Limits = DEFAULT_LIMITS,
+) -> np.ndarray:
+    """One clip, uint8 (num_frames, height, width, 3).
+
+    Args:
+      file: a path, or the bytes of a file.
+      num_frames: frames of the clip.
+      fps: frames per second of the clip; None takes the file's mean rate.
+      start: seconds into the video.
+      height, width: pixels; the video is scaled to cover them and cropped. None keeps the size it has.
+      position: of the crop: (0.5, 0.5) is the centre, (0, 0) the top left corner.
+      limits: beyond which a file is refused.
+
+    Raises:
+      BadVideo: if it can't be opened or decoded, or ends before the clip does.
+    """
+    with _open(file, limits) as (container, stream):
+        rate = float(stream.average_rate or stream.guessed_rate or 0) or 25.0
+        wanted = start + np.arange(num_frames) / (fps or rate)
+        scaler, ratio = VideoReformatter(), stream.sample_aspect_ratio
+        clip: list[np.ndarray] = []
+        shown, shown_array = None, None
+        for frame, time in _frames_from(container, stream, start, rate, limits):
+            while shown is not None and len(clip) < num_frames and wanted[len(clip)] < time - _ON_TIME:
+                if shown_array is None:
+                    shown_array = _to_array(shown, scaler, ratio, height, width, position)
+                clip.append(shown_array)
+            if len(clip) == num_frames:
+                break
+            shown, shown_array = frame, None
+            end = time + (float(frame.duration * frame.time_base) if frame.duration and frame.time_base else 1 / rate)
+        if shown is None:
+            raise BadVideo("no frame in it can be decoded")
+        while len(clip) < num_frames and wanted[len(clip)] < max(end, time + 1 / (fps or rate)) - _ON_TIME / 2:
+            shown_array = (
+                _to_array(shown, scaler, ratio, height, width, position) if shown_array is None else shown_array
+            )
+            clip.append(shown_array)
+        if len(clip) < num_frames:
+            raise BadVideo(f"too short: ends at {end:.2f} s, and the clip needs {wanted[-1]:.2f} s")
+        if len({frame.shape for frame in clip}) > 1:
+            raise BadVideo("frames change size on the way; give height and width")
+        return np.stack(clip)
+
+
+def write_mp4(path: str | os.PathLike, video_THWC: np.ndarray, *, fps: float, min_side: int = 256) -> None:
+    """H.264 in yuv420p, which every player shows. Small clips are enlarged by a whole factor, pixels sharp."""
+    video = enlarge(video_THWC, min_side)
+    H, W = video.shape[1:3]
+    if H % 2 or W % 2:  # 4:2:0 has half the colour samples each way
+        video = np.pad(video, ((0, 0), (0, H % 2), (0, W % 2), (0, 0)), mode="edge")
+    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        stream = container.add_stream("h264", rate=_fraction(fps), options={"crf": "16", "preset": "medium"})
+        stream.width, stream.height, stream.pix_fmt = video.shape[2], video.shape[1], "yuv420p"
+        stream.codec_context.thread_count = 1
+        for frame in video:
+            for packet in stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+
+
+def write_gif(path: str | os.PathLike, video_THWC: np.ndarray, *, fps: float, min_side: int = 128) -> None:
+    """An endless GIF, each frame with its own 256 colours."""
+    frames = [Image.fromarray(frame).quantize(256, dither=Image.Dither.NONE) for frame in enlarge(video_THWC, min_side)]
+    # GIF counts hundredths of a second: round the running time, not the steps, so that the length stays right.
+    ticks = np.round(np.arange(len(frames) + 1) * 100 / fps).astype(int)
+    frames[0].save(
+        path, format="GIF", save_all=True, append_images=frames[1:], duration=(np.diff(ticks) * 10).tolist(), loop=0
+    )
+
+
+def contact_sheet(
+    videos: Sequence[np.ndarray], captions: Sequence[str], *, num_frames: int = 9, min_side: int = 96
+) -> Image.Image:
+    """A picture to look many clips over: a row each, evenly chosen frames from first to last, the caption above."""
+    if len(videos) != len(captions):
+        raise ValueError(
+            f"captions={len(captions)}: expected one for each of the {len(videos)} videos, so pass as many"
+        )
+    gap, font = 4, ImageFont.load_default(14)
+    rows = []
+    for video, caption in zip(videos, captions, strict=True):
+        chosen = np.unique(np.round(np.linspace(0, len(video) - 1, min(num_frames, len(video)))).astype(int))
+        frames = np.pad(enlarge(video[chosen], min_side), ((0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255)
+        row = frames.transpose(1, 0, 2, 3).reshape(frames.shape[1], -1, 3)
+        lines = textwrap.wrap(caption, max(10, row.shape[1] // 8)) or [""]
+        rows.append((row, lines))
+    width = max(row.shape[1] for row, _ in rows) + gap
+    heights = [row.shape[0] + 18 * len(lines) + gap for row, lines in rows]
+    sheet = Image.new("RGB", (width, sum(heights) + gap), "white")
+    draw, y = ImageDraw.Draw(sheet), gap
+    for (row, lines), height in zip(rows, heights, strict=True):
+        draw.multiline_text((gap, y), "\n".join(lines), fill="black", font=font)
+        sheet.paste(Image.fromarray(row), (gap, y + 18 * len(lines)))
+        y += height
+    return sheet
+
+
+def enlarge(video_THWC: np.ndarray, min_side: int) -> np.ndarray:
+    """Repeat pixels by the whole factor that brings the shorter side nearest to `min_side`; never shrinks."""
+    factor = max(1, round(min_side / min(video_THWC.shape[1:3])))
+    return video_THWC.repeat(factor, axis=1).repeat(factor, axis=2)
+
+
+# --- opening ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _open(file: File, limits: Limits) -> Iterator[tuple[Any, Any]]:
+    """(container, first video stream); whatever FFmpeg raises inside becomes a BadVideo with the file's name."""
+    name = "" if isinstance(file, bytes) else os.fspath(file)
+    try:
+        size = len(file) if isinstance(file, bytes) else Path(file).stat().st_size
+        if size == 0:
+            raise BadVideo("empty file")
+        if size > limits.num_bytes:
+            raise BadVideo(f"{size} bytes: the limit is {limits.num_bytes}")
+        if isinstance(file, bytes):
+            head, target = file[:512], io.BytesIO(file)
+        else:
+            with open(file, "rb") as opened:
+                head = opened.read(512)
+            target = "file:" + os.path.abspath(file)  # type: ignore[assignment]  # never another protocol
+        with av.open(target, "r", format=_container_format(head), **_METADATA) as container:
+            if not container.streams.video:
+                raise BadVideo("no video stream in it")
+            stream = container.streams.video[0]
+            pixels = stream.codec_context.width * stream.codec_context.height
+            if pixels > limits.num_pixels:
+                raise BadVideo(f"frames of {pixels} pixels: the limit is {limits.num_pixels}")
+            stream.codec_context.thread_count = 1  # the loader has processes; threads within each would only compete
+            yield container, stream
+    except BadVideo as error:
+        raise BadVideo(error.reason, name) from error.__cause__
+    except (av.FFmpegError, OSError) as error:
+        raise BadVideo(f"can't be decoded: {error.strerror or error}", name) from error
+
+
+def _container_format(head: bytes) -> str:
+    """FFmpeg's name of the demuxer for these first bytes."""
+    if head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot"):
+        return "mov"
+    if head[:4] == b"RIFF":
+        return {b"AVI ": "avi", b"WEBP": "webp_pipe"}.get(head[8:12]) or _unknown(head)
+    if head[:1] == b"\x47" and head[188:189] == b"\x47":
+        return "mpegts"
+    for magic, name in (
+        (b"\x1a\x45\xdf\xa3", "matroska"),
+        (b"GIF8", "gif"),
+        (b"FLV\x01", "flv"),
+        (b"OggS", "ogg"),
+        (b"\x00\x00\x01\xba", "mpeg"),
+        (b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", "asf"),
+        (b"\x89PNG", "png_pipe"),
+        (b"\xff\xd8\xff", "jpeg_pipe"),
+    ):
+        if head.startswith(magic):
+            return name
+    return _unknown(head)
+
+
+def _unknown(head: bytes) -> str:
+    raise BadVideo(f"not a video: begins with {head[:8]!r}, which is no container we know")
+
+
+# --- decoding --------------------------------------------------------------------------------------------------------
+
+
+def _frames_from(
+    container: Any, stream: Any, start: float, rate: float, limits: Limits
+) -> Iterator[tuple[av.VideoFrame, float]]:
+    """Frames with their times in seconds, beginning at or before `start`."""
+    origin = float((stream.start_time or 0) * stream.time_base) if stream.time_base else 0.0
+    if start > 1.0:  # nearer than that, decoding is as quick
+        with contextlib.suppress(av.FFmpegError):
+            container.seek(int((start + origin) / stream.time_base), stream=stream, backward=True)
+            frame = next(container.decode(stream), None)
+            if frame is not None and frame.time is not None and frame.time - origin <= start:
+                yield from _timed(_chain(frame, container.decode(stream)), origin, rate, limits)
+                return
+        container.seek(0)  # no index, or one that lies: from the beginning then
+    yield from _timed(container.decode(stream), origin, rate, limits)
+
+
+def _chain(frame: av.VideoFrame, rest: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
+    yield frame
+    yield from rest
+
+
+def _timed(
+    frames: Iterator[av.VideoFrame], origin: float, rate: float, limits: Limits
+) -> Iterator[tuple[av.VideoFrame, float]]:
+    for count, frame in enumerate(frames):
+        if count >= limits.num_frames:
+            raise BadVideo(f"more than {limits.num_frames} frames")
+        _check_frame(frame, limits)
+        time = count / rate if frame.time is None else frame.time - origin
+        if time > limits.seconds:
+            raise BadVideo(f"longer than {limits.seconds:.0f} s")
+        yield frame, time
+
+
+def _check_frame(frame: av.VideoFrame, limits: Limits) -> None:
+    if frame.width * frame.height > limits.num_pixels:
+        raise BadVideo(f"a frame of {frame.width * frame.height} pixels: the limit is {limits.num_pixels}")
+    if frame.is_corrupt:
+        raise BadVideo("a damaged frame in it")
+
+
+def _to_array(
+    frame: av.VideoFrame,
+    scaler: VideoReformatter,
+    ratio: Any,
+    height: int | None,
+    width: int | None,
+    position: tuple[float, float],
+) -> np.ndarray:
+    """uint8 (height, width, 3): scaled by FFmpeg while still in its own colours, then turned upright and cropped."""
+    matrix = _display_matrix(frame)
+    shown_height, shown_width = _shown_size(frame, ratio)
+    if height is None or width is None:
+        size = shown_height, shown_width
+    else:
+        target = (width, height) if _transposes(matrix) else (height, width)
+        size = transforms.cover_size(shown_height, shown_width, *target)
+    how = "AREA" if size[0] < frame.height else "BICUBIC"
+    # One thread: FFmpeg would start as many as there are cores for every single frame.
+    scaled = scaler.reformat(frame, width=size[1], height=size[0], format="rgb24", interpolation=how, threads=1)
+    pixels = scaled.to_ndarray()
+    upright = _upright(pixels, matrix)[None]
+    if height is not None and width is not None:
+        upright = transforms.crop(upright, height, width, position=position)
+    return np.ascontiguousarray(upright[0])
+
+
+def _shown_size(frame: av.VideoFrame, ratio: Any) -> tuple[int, int]:
+    """(height, width) of the stored frame once its pixels, now of this aspect ratio, are square."""
+    return frame.height, max(1, round(frame.width * float(ratio))) if ratio else frame.width
+
+
+def _display_matrix(frame: av.VideoFrame) -> np.ndarray:
+    """The 2 x 2 part [[a, b], [c, d]] of the display matrix: x' = a x + c y, y' = b x + d y (libavutil/display.h)."""
+    data: Any = frame.side_data.get("DISPLAYMATRIX")
+    if data is None:
+        return np.eye(2)
+    return np.frombuffer(bytes(data), np.int32).reshape(3, 3)[:2, :2] / 65536.0
+
+
+def _transposes(matrix: np.ndarray) -> bool:
+    return abs(matrix[0, 1]) > abs(matrix[0, 0])
+
+
+def _upright(pixels_HWC: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Apply the display matrix, to the nearest of the eight ways to lay a picture down."""
+    (a, b), (c, d) = matrix
+    if _transposes(matrix):
+        pixels_HWC, a, d = pixels_HWC.transpose(1, 0, 2), c, b
+    return pixels_HWC[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+
+
+def _promised_seconds(stream: Any) -> float:
+    """Matroska writes each track's length as a tag, "00:00:02.500000000"; 0 where there is none."""
+    with contextlib.suppress(ValueError):
+        hours, minutes, seconds = map(float, stream.metadata.get("DURATION", "").split(":"))
+        return 3600 * hours + 60 * minutes + seconds
+    return 0.0
+
+
+def _fraction(fps: float) -> Any:
+    from fractions import Fraction
+
+    if not (math.isfinite(fps) and fps > 0):
+        raise ValueError(f"fps={fps}: expected above 0, so give e.g. 8")
+    return Fraction(fps).limit_denominator(1001)

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Latents computed once, so that training need not run the autoencoder: shard by shard, resumable at any moment.
+
+    source, buckets  ->  clips in a fixed order  ->  encode  ->  records.write_shard ... finish
+
+For each bucket, every example that fits it gives `clips_per_example` clips, their moment and crop drawn from (seed,
+example, clip). The order is fixed, so a shard is a pure function of its number, and a run that was cut short goes on
+with the first shard that is missing.
+
+    about = preprocess(encode, FolderSource("clips", fps=8), "latents", buckets=[(17, 64, 64)], batch_size=16, seed=0)
+    loader = make_loader(RecordSource("latents"), buckets=[(17, 64, 64, 32)], seed=0)      # batches hold "latent"
+
+`encode` takes uint8 (B, T, H, W, 3) and gives latent means (B, t, h, w, z); see `stvdm.cli` for the one that holds a
+trained model.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from stvdm.data import buckets as bucketing
+from stvdm.data import loader, records
+from stvdm.data.folder import SkipReport
+from stvdm.data.video import BadVideo
+
+Encode = Callable[[np.ndarray], np.ndarray]
+Clip = tuple[bucketing.Bucket, int, int]  # bucket, example, number of the clip among those of its example
+
+
+def preprocess(
+    encode: Encode,
+    source: loader.Source,
+    directory: str | os.PathLike,
+    *,
+    buckets: Sequence[Any],
+    seed: int = 0,
+    batch_size: int = 16,
+    examples_per_shard: int = 512,
+    clips_per_example: int = 1,
+    dtype: str = "float16",
+    num_threads: int = 4,
+    about: Mapping[str, Any] | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Encode all of `source` into `directory`; returns the metadata it wrote, with what was "skipped" and why.
+
+    Args:
+      encode: uint8 video_BTHWC -> latent_Bthwz, the means, not normalised. Always called with whole batches of one
+        bucket, so that it
+        compiles once a bucket: the last batch of a shard is filled up by repeating its last clip.
+      source: of videos.
+      directory: new, or one in which this very call was cut short.
+      buckets: the clip shapes to write; see `stvdm.data.buckets`. Their batch sizes and weights play no part.
+      seed: of moments and crops.
+      batch_size: clips a call of `encode`.
+      examples_per_shard: clips a shard, which is what is lost when the run is cut short.
+      clips_per_example: clips made of every example, each with another moment and crop.
+      dtype: of the latents on disk: "float16" halves the bytes, with an error of about 0.05 %; "float32".
+      num_threads: threads that read; FFmpeg lets go of the interpreter lock.
+      about: what made the latents (checkpoint, its digest ...). Part of the identity of the directory.
+      on_progress: called with (clips done, clips in all) after every shard.
+
+    Raises:
+      ValueError: if `directory` holds other data or settings, no clip can be read, or a latent is not finite.
+    """
+    if dtype not in ("float16", "float32"):
+        raise ValueError(f"dtype={dtype!r}: expected 'float16' or 'float32', so choose one of them")
+    if source.kind != "video":
+        raise ValueError(f"source.kind={source.kind!r}: these are latents already, so give the source of the videos")
+    # The weights and batch sizes say nothing about what is written: leave them out of its identity.
+    parsed = tuple(dataclasses.replace(bucket, batch_size=None, weight=1.0) for bucket in bucketing.parse(buckets))
+    bucketing.validate(parsed, global_batch=batch_size)
+    clips: list[Clip] = [
+        (bucket, int(example), clip)
+        for bucket, members in zip(parsed, loader.members_of([source], parsed), strict=True)
+        for example in members
+        for clip in range(clips_per_example)
+    ]
+    identity = [
+        source.fingerprint,
+        [bucket.shape for bucket in parsed],
+        [seed, examples_per_shard, clips_per_example, dtype],
+        dict(about or {}),
+    ]
+    job = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    num_shards = math.ceil(len(clips) / examples_per_shard)
+    finished = records.finished_shards(directory, job=job)
+    with ThreadPoolExecutor(num_threads) as pool:
+        for shard in range(num_shards):
+            chosen = clips[shard * examples_per_shard : (shard + 1) * examples_per_shard]
+            if shard not in finished:
+                skipped: dict[str, str] = {}
+                latents = _encoded(encode, source, chosen, seed, batch_size, dtype, pool, skipped)
+                records.write_shard(directory, shard, latents, job=job, skipped=skipped)
+            on_progress(shard * examples_per_shard + len(chosen), len(clips))
+    report = getattr(source, "report", SkipReport(num_found=len(source))).to_json()
+    said = {**(about or {}), "source": source.fingerprint, "source_report": report, "seed": seed, "dtype": dtype}
+    return records.finish(directory, num_shards=num_shards, about=said)
+
+
+def _encoded(
+    encode: Encode,
+    source: loader.Source,
+    clips: Sequence[Clip],
+    seed: int,
+    batch_size: int,
+    dtype: str,
+    pool: ThreadPoolExecutor,
+    skipped: dict[str, str],
+) -> Iterator[dict[str, Any]]:
+    """Latent examples of one shard; while a batch is encoded the next one is read."""
+
+    def read(clip: Clip) -> dict[str, Any] | BadVideo:
+        bucket, example, number = clip
+        rng = np.random.default_rng([seed, *bucket.shape, example, number])
+        try:
+            return loader.read_clip(source, example, bucket, rng)
+        except BadVideo as error:
+            return BadVideo(error.reason, error.name or f"example {example}")
+
+    groups = [list(group) for _, group in itertools.groupby(clips, key=lambda clip: clip[0])]
+    batches = [group[k : k + batch_size] for group in groups for k in range(0, len(group), batch_size)]
+    ahead = [pool.submit(read, clip) for clip in batches[0]]
+    for following in [*batches[1:], []]:
+        current, ahead = ahead, [pool.submit(read, clip) for clip in following]
+        examples = []
+        for result in (future.result() for future in current):
+            if isinstance(result, BadVideo):  # counted and named, and the rest goes on
+                skipped[result.name] = result.reason
+            else:
+                examples.append(result)
+        if examples:
+            yield from _encode_batch(encode, examples, batch_size, dtype)
+
+
+def _encode_batch(
+    encode: Encode, batch: Sequence[dict[str, Any]], batch_size: int, dtype: str
+) -> Iterator[dict[str, Any]]:
+    filled = [example["video"] for example in batch]
+    filled += [filled[-1]] * (batch_size - len(filled))
+    latents = np.asarray(encode(np.stack(filled)), np.float32)
+    for example, latent in zip(batch, latents[: len(batch)], strict=True):
+        with np.errstate(over="ignore"):  # told below, with what to do
+            stored = latent.astype(dtype)
+        if not np.isfinite(stored).all():
+            raise ValueError(
+                f"latent of {example['caption']!r}: not finite as {dtype} (largest {np.abs(latent).max():.3g}), so use "
+                "dtype='float32' or look at the autoencoder"
+            )
+        yield {"latent": stored, "shape": list(example["video"].shape[:3]), "caption": example["caption"]}
