@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Base configs, with every key, its unit and its meaning, and `validate`, which reports all problems at once.
+
+A config is a story: a function in ``configs/`` that edits one of these bases and returns it.
+
+    def get_config(variant: str = "full") -> ConfigDict:
+        config = base.dit()
+        config.model.width = 1024
+        return config
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from stvdm import shapes
+
+
+def autoencoder() -> ConfigDict:
+    """Base config of `stvdm.train.autoencoder`."""
+    config = _common()
+    config.kind = "autoencoder"
+    config.model = _autoencoder_model()
+    config.loss = _section(
+        reconstruction=1.0,  # weight of |x - x'| (L1), averaged over values
+        squared=0.0,  # weight of (x - x')², averaged over values
+        kl=1e-6,  # weight of KL(q(z|x) | N(0, 1)), averaged over latent values
+        perceptual=0.0,  # weight of the distance between features of a fixed network
+        adversarial=0.0,  # weight of the discriminator's verdict, balanced by gradient norms
+        adversarial_start=0,  # steps before the discriminator's verdict counts
+    )
+    config.statistics_batches = 32  # training batches behind the per-channel latent mean and deviation
+    return config.lock()
+
+
+def dit() -> ConfigDict:
+    """Base config of `stvdm.train.dit`."""
+    config = _common()
+    config.kind = "dit"
+    config.autoencoder = ""  # folder of a trained autoencoder: its run, or its exported model
+    config.model = _section(
+        patch=(1, 2, 2),  # latent positions along time, height, width in one token
+        width=384,  # D
+        num_layers=12,
+        num_heads=6,  # A; D / A is the head width d
+        mlp_width=1536,  # F
+        attention=("full",),  # patterns, cycled over layers: full, frame, time, window, block_causal
+        window=(1, 4, 4),  # reach of 'window' attention in tokens: time, height, width
+        text_path="cross",  # how text enters: 'cross' attention, or 'joint' self-attention
+        time_features=256,  # sinusoids that describe the noise level
+        positions="rotary",  # 'rotary' or 'sincos', computed from the token grid
+        rope_theta=1e4,
+        qk_norm=True,  # RMS norm of queries and keys
+        remat="nothing",  # what the backward pass computes again: nothing, attention, projections, everything
+        scan_layers=True,  # one compiled layer, scanned
+        dtype="float32",  # of matrix products: float32 or bfloat16 (parameters stay float32)
+    )
+    config.text = _section(
+        words=(),  # vocabulary; empty: collected from the training captions when the run starts
+        max_tokens=32,  # S, words of a caption that are read
+        width=128,  # E
+        num_layers=2,
+        num_heads=4,
+    )
+    config.flow = _section(
+        path="rectified",  # x_t = (1-t) data + t noise; or 'cosine', variance preserving
+        prediction="velocity",  # what the network gives: velocity, epsilon, x0 or v
+        density="logit_normal",  # of training times: 'logit_normal' or 'uniform'
+        mean=0.0,  # of the logit; above 0 leans towards noise
+        std=1.0,  # of the logit
+        stratified=True,  # one time from each of B equal strata, in place of B independent times
+        shift=1.0,  # times are moved by t -> shift t / (1 + (shift - 1) t); 0: by token count
+        caption_dropout=0.1,  # share of captions replaced by "" (for classifier-free guidance)
+    )
+    config.sample = _section(  # how previews and evaluation sample, and what `stvdm generate` starts from
+        steps=30,  # denoising steps
+        sampler="unipc",  # euler, heun, dpm++ or unipc
+        guidance=4.0,  # scale of classifier-free guidance; 1: none
+        guidance_interval=(0.0, 1.0),  # times between which guidance acts
+        guidance_rescale=0.0,  # 0: none, 1: keep the deviation of the conditional prediction
+        shift=1.0,  # of the sampling schedule; 0: by token count
+        previews=("a red ball bounces to the right", "a blue square grows"),
+    )
+    return config.lock()
+
+
+def validate(config: ConfigDict) -> ConfigDict:
+    """The config itself, if a run can start from it.
+
+    Raises:
+      ValueError: listing every problem, each with what it got, what was expected and what to change.
+    """
+    problems = list(_problems(config))
+    if problems:
+        raise ValueError("this config cannot run:\n  - " + "\n  - ".join(problems))
+    return config
+
+
+def with_words(config: ConfigDict, words: Iterable[str]) -> ConfigDict:
+    """A copy of the config that names its vocabulary, so that the checkpoint and the exported model carry it."""
+    config = config.copy_and_resolve_references()
+    config.text.words = tuple(words)
+    return config
+
+
+def compression(model: Any) -> dict[str, Any]:
+    """The arguments of `shapes.latent_shape` for an autoencoder with these settings (``config.model``)."""
+    by_frame = model["grouping"] == "frame"
+    return dict(
+        temporal=1 if by_frame else 2 ** sum(model["temporal_down"]),
+        spatial=model["unshuffle"] * 2 ** sum(model["spatial_down"]),
+        grouping="uniform" if by_frame else model["grouping"],
+    )
+
+
+def _common() -> ConfigDict:
+    """What both trainers share."""
+    config = ConfigDict()
+    config.seed = 0
+    config.total_steps = 10_000  # optimiser steps
+    config.overfit = False  # train on one batch again and again: a set-up that works drives its loss down
+    config.data = _section(
+        source="kinetic_shapes",  # 'kinetic_shapes', 'folder' (your own videos) or 'latents' (from `stvdm preprocess`)
+        path="",  # folder of the source; kinetic_shapes without one is rendered as it is read
+        validation_path="",  # of 'folder' and 'latents': held-out clips; empty: evaluation sees training clips
+        num_clips=50_000,  # clips of the rendered world
+        world=(),  # of the rendered world: (field, value) pairs in place of kinetic_shapes.World's defaults
+        fps=8.0,  # frames per second that clips are read at
+        buckets=((17, 64, 64, 32, 1.0),),  # (num_frames, height, width, global batch, weight), one compiled step each
+        num_workers=0,  # processes that read ahead
+        flip=False,  # mirror clips left-right; wrong where captions name sides
+    )
+    config.optimizer = _section(
+        name="adamw",  # 'adamw', or 'muon' (matrices by Muon, the rest by AdamW)
+        learning_rate=1e-4,  # peak; Muon's updates are scaled to the size of AdamW's, so one rate serves both
+        schedule="cosine",  # 'cosine', 'linear' or 'constant' after the warm-up
+        warmup_steps=100,
+        final_fraction=0.0,  # of the peak, at the last step
+        b1=0.9,
+        b2=0.99,
+        weight_decay=0.0,
+        clip_norm=1.0,  # of the global gradient
+        accumulate=1,  # micro-batches whose gradients are averaged into one step
+    )
+    config.ema_decay = 0.999  # of the averaged weights, which are what is evaluated and exported
+    config.max_skipped = 100  # steps with non-finite gradients that may be skipped before the run stops
+    config.mesh = _section(data=-1, fsdp=1, context=1, tensor=1)  # devices along each axis; -1: the rest
+    config.log_every = 20  # steps
+    config.eval_every = 1000  # steps; 0: never
+    config.eval_batches = 4  # held-out batches an evaluation looks at, the same every time
+    config.checkpoint_every = 1000  # steps
+    config.keep_checkpoints = 2
+    return config
+
+
+def _autoencoder_model() -> ConfigDict:
+    return _section(
+        latent_channels=16,  # z
+        width=96,  # channels of the first stage
+        multipliers=(1, 2, 4, 4),  # of the width, stage by stage
+        num_res_blocks=2,  # in each stage of the encoder (the decoder has one more)
+        spatial_down=(True, True, True),  # between stages: halve height and width
+        temporal_down=(False, True, True),  # between stages: halve time
+        unshuffle=1,  # pixels gathered into channels before the first convolution
+        convolution="full",  # 'full' 3x3x3, or 'separable': 3x3 in space, then 3 in time
+        grouping="causal",  # time: 'causal' 1+(F-1)/t, 'uniform' F/t, or 'frame': each frame alone, as images
+        shortcuts=False,  # past each stage that changes size: averages down, copies up
+        middle_attention=True,  # attention within each frame at the bottleneck
+        dtype="float32",
+    )
+
+
+def _section(**keys: Any) -> ConfigDict:
+    return ConfigDict(keys, convert_dict=True)
+
+
+def _choice(where: str, value: Any, options: tuple[str, ...]) -> Iterator[str]:
+    if value not in options:
+        yield f"{where}={value!r}: expected one of {', '.join(options)}."
+
+
+def _problems(config: ConfigDict) -> Iterator[str]:
+    data, optimizer = config.data, config.optimizer
+    yield from _choice("data.source", data.source, ("kinetic_shapes", "folder", "latents"))
+    yield from _choice("optimizer.name", optimizer.name, ("adamw", "muon"))
+    yield from _choice("optimizer.schedule", optimizer.schedule, ("cosine", "linear", "constant"))
+    if data.source in ("folder", "latents") and not data.path:
+        yield f"data.path='': data.source={data.source!r} needs the folder to read."
+    for where, value in (
+        ("total_steps", config.total_steps),
+        ("log_every", config.log_every),
+        ("checkpoint_every", config.checkpoint_every),
+        ("optimizer.accumulate", optimizer.accumulate),
+    ):
+        if value < 1:
+            yield f"{where}={value}: expected at least 1."
+    if config.eval_every < 0:
+        yield f"eval_every={config.eval_every}: expected at least 0 (never)."
+    if not 0 <= config.ema_decay < 1:
+        yield f"ema_decay={config.ema_decay}: expected 0 <= decay < 1."
+    if optimizer.learning_rate <= 0:
+        yield f"optimizer.learning_rate={optimizer.learning_rate}: expected above 0."
+    if optimizer.schedule != "constant" and optimizer.warmup_steps >= config.total_steps:
+        yield (
+            f"optimizer.warmup_steps={optimizer.warmup_steps}: expected fewer than total_steps={config.total_steps}, "
+            "or optimizer.schedule='constant'."
+        )
+    shards = math.prod(size for size in (config.mesh.data, config.mesh.fsdp) if size > 0)
+    for bucket in data.buckets:
+        if len(bucket) != 5:
+            yield f"data.buckets entry {tuple(bucket)}: expected (num_frames, height, width, batch, weight)."
+            continue
+        batch, weight = bucket[3], bucket[4]
+        if batch < 1 or batch % (shards * optimizer.accumulate):
+            yield (
+                f"data.buckets batch={batch}: expected a multiple of mesh data x fsdp x optimizer.accumulate "
+                f"= {shards * optimizer.accumulate}."
+            )
+        if weight <= 0:
+            yield f"data.buckets weight={weight}: expected above 0."
+    if config.kind == "autoencoder":
+        yield from _autoencoder_problems(config)
+    else:
+        yield from _dit_problems(config)
+
+
+def _autoencoder_problems(config: ConfigDict) -> Iterator[str]:
+    model = config.model
+    yield from _choice("model.grouping", model.grouping, ("causal", "uniform", "frame"))
+    yield from _choice("model.convolution", model.convolution, ("full", "separable"))
+    if config.data.source == "latents":
+        yield "data.source='latents': an autoencoder trains on videos; use 'kinetic_shapes' or 'folder'."
+    stages = len(model.multipliers)
+    for name in ("spatial_down", "temporal_down"):
+        if len(model[name]) != stages - 1:
+            yield f"model.{name}={tuple(model[name])}: expected {stages - 1} entries, one between each two stages."
+    for bucket in config.data.buckets:
+        try:
+            shapes.latent_shape(tuple(bucket[:3]), **compression(model))
+        except ValueError as error:
+            yield f"data.buckets {tuple(bucket[:3])}: {error}"
+
+
+def _dit_problems(config: ConfigDict) -> Iterator[str]:
+    model, flow = config.model, config.flow
+    yield from _choice("flow.path", flow.path, ("rectified", "cosine"))
+    yield from _choice("flow.prediction", flow.prediction, ("velocity", "epsilon", "x0", "v"))
+    yield from _choice("flow.density", flow.density, ("logit_normal", "uniform"))
+    yield from _choice("sample.sampler", config.sample.sampler, ("euler", "heun", "dpm++", "unipc"))
+    yield from _choice("model.text_path", model.text_path, ("cross", "joint"))
+    yield from _choice("model.positions", model.positions, ("rotary", "sincos"))
+    for pattern in model.attention:
+        yield from _choice("model.attention", pattern, ("full", "frame", "time", "window", "block_causal"))
+    if model.width % model.num_heads:
+        yield f"model.width={model.width}: expected a multiple of model.num_heads={model.num_heads}."
+    elif model.positions == "rotary" and (model.width // model.num_heads) % 2:
+        yield f"model.width / num_heads={model.width // model.num_heads}: rotary positions need an even head width."
+    if model.num_layers % len(model.attention):
+        yield (
+            f"model.num_layers={model.num_layers}: expected a multiple of {len(model.attention)}, "
+            f"the cycle of model.attention={tuple(model.attention)}."
+        )
+    if config.text.width % config.text.num_heads:
+        yield f"text.width={config.text.width}: expected a multiple of text.num_heads={config.text.num_heads}."
+    if not 0 <= flow.caption_dropout < 1:
+        yield f"flow.caption_dropout={flow.caption_dropout}: expected 0 <= share < 1."
+    if not config.autoencoder:
+        yield "autoencoder='': name the folder of a trained autoencoder (`stvdm train autoencoder` makes one)."
