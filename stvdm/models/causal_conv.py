@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two layers that make streaming exact: a convolution that looks back in time only, and a norm of one position.
+
+A causal convolution with k taps needs k - 1 past inputs, zeros at the start of a clip. Streamed, it leaves the last of
+its inputs in the collection "cache" and finds them there when the next chunk comes, so that chunks give what the whole
+clip gives. The norm sees the channels of a single position, and so can't tell a chunk from a clip.
+
+    conv = CausalConv(32, (3, 3, 3))
+    whole = conv.apply({"params": params}, video_BTHWC)
+    head, kept = conv.apply({"params": params}, video_BTHWC[:, :5], mutable=["cache"])
+    tail, kept = conv.apply({"params": params, **kept}, video_BTHWC[:, 5:], mutable=["cache"])
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from stvdm.sharding import partitioned
+
+Triple = tuple[int, int, int]  # along time, height, width
+
+_SMALLEST_MEAN_SQUARE = 1e-8  # bounds the norm's slope at 0; above it the norm is exact
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * gamma over the channels of each position, in float32: Wan's L2 norm times sqrt(channels)."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gamma = self.param("gamma", partitioned(nn.initializers.ones, "channels"), (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        mean_square = jnp.mean(x * x, axis=-1, keepdims=True)
+        return x * lax.rsqrt(jnp.maximum(mean_square, _SMALLEST_MEAN_SQUARE)) * gamma
+
+
+class CausalConv(nn.Module):
+    """A convolution whose output at a time sees that time and those before it; in space zero-padded around.
+
+    Before the first frame stand zeros, or ``past``. When the collection "cache" is mutable (streaming), the inputs
+    that the next chunk will look back at are left there, and found there by the next call.
+    """
+
+    features: int
+    kernel: Triple
+    stride: Triple = (1, 1, 1)
+    zero: bool = False  # start as zero: a residual branch that is switched on by training
+    dtype: Any = jnp.float32
+
+    def has_past(self) -> bool:
+        """Whether a chunk came before this one."""
+        return self.has_variable("cache", "past")
+
+    @nn.compact
+    def __call__(self, x_BTHWC: jax.Array, past: jax.Array | None = None) -> jax.Array:
+        x = x_BTHWC.astype(self.dtype)
+        if num_past := self.kernel[0] - self.stride[0]:
+            if self.has_past():
+                past = self.get_variable("cache", "past")
+            if past is None:
+                x = jnp.pad(x, ((0, 0), (num_past, 0), (0, 0), (0, 0), (0, 0)))
+            else:
+                x = jnp.concatenate([past.astype(self.dtype), x], axis=1)
+            if self.is_mutable_collection("cache") and not self.is_initializing():
+                self.put_variable("cache", "past", x[:, x.shape[1] - num_past :])
+        init = nn.initializers.zeros if self.zero else nn.initializers.lecun_normal()
+        shape = (*self.kernel, x.shape[-1], self.features)
+        kernel = self.param("kernel", partitioned(init, None, None, None, None, "channels"), shape)
+        bias = self.param("bias", partitioned(nn.initializers.zeros, "channels"), (self.features,))
+        return _convolve(x, kernel.astype(self.dtype), self.stride) + bias.astype(self.dtype)
+
+
+def _convolve(x: jax.Array, kernel: jax.Array, stride: Triple) -> jax.Array:
+    """Convolution, valid in time, zero-padded in space, by whichever exact arrangement the backend is quick at."""
+    taps, height, width = kernel.shape[:3]
+    if (height, width) == (1, 1):  # along time only: a sum of products over channels
+        return _sum(_every(x, i, taps, stride[0]) @ kernel[i, 0, 0] for i in range(taps))
+    if taps == 1:
+        return _convolve_frames(x, kernel[0], stride[1])
+    if jax.default_backend() == "cpu":  # XLA's 3-D convolution is slow there: all taps in one 2-D convolution
+        channels, out = kernel.shape[3:]
+        y = _convolve_frames(x, jnp.moveaxis(kernel, 0, 3).reshape(height, width, channels, taps * out), stride[1])
+        return _sum(_every(y[..., i * out : (i + 1) * out], i, taps, stride[0]) for i in range(taps))
+    dimensions = ("NDHWC", "DHWIO", "NDHWC")
+    space = _padding(stride[1])
+    return lax.conv_general_dilated(x, kernel, stride, ((0, 0), space, space), dimension_numbers=dimensions)
+
+
+def _every(x: jax.Array, tap: int, taps: int, stride: int) -> jax.Array:
+    """The frames that one tap of a time convolution meets."""
+    return x[:, tap : x.shape[1] - taps + tap + 1 : stride]
+
+
+def _convolve_frames(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """3x3 convolution of each frame, zero-padded around; right and below only with stride 2."""
+    B, T, H, W, C = x.shape
+    frames, dimensions = x.reshape(B * T, H, W, C), ("NHWC", "HWIO", "NHWC")
+    y = lax.conv_general_dilated(
+        frames, kernel, (stride, stride), (_padding(stride),) * 2, dimension_numbers=dimensions
+    )
+    return y.reshape(B, T, *y.shape[1:])
+
+
+def _padding(stride: int) -> tuple[int, int]:
+    return (1, 1) if stride == 1 else (0, 1)
+
+
+def _sum(arrays: Iterable[jax.Array]) -> jax.Array:
+    return functools.reduce(operator.add, arrays)

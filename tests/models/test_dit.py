@@ -1,0 +1,428 @@
+# SPDX-License-Identifier: Apache-2.0
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from stvdm import sharding
+from stvdm.models import embeddings
+from stvdm.models.dit import REMAT, SIZES, DiT
+
+GRID = (3, 2, 3)  # tokens, all different along t, h, w where it matters
+LATENT = (3, 4, 6)  # patches of 1 x 2 x 2
+N, z, E, S = 18, 3, 5, 4
+
+SMALL = DiT(latent_channels=z, width=24, num_layers=2, num_heads=2, mlp_width=20, text_width=E, time_features=8)
+jitted = jax.jit(DiT.apply, static_argnums=0)
+
+
+def variant(**fields):
+    return dataclasses.replace(SMALL, **fields)
+
+
+@functools.cache
+def randomised(dit, seed=0):
+    """Parameters of a model, every one drawn at random: what starts at zero or one would hide mistakes."""
+    rng = np.random.default_rng(seed)
+    boxed = jax.eval_shape(dit.init, jax.random.key(0), *inputs(dit))
+    return jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), nn.unbox(boxed))
+
+
+def inputs(dit=SMALL, *, batch=2, latent=LATENT, levels=1, seed=1):
+    """Random (latent, time, level, text, text_mask) for a model."""
+    rng = np.random.default_rng(seed)
+    num_tokens = int(np.prod(latent) / np.prod(dit.patch))
+    return (
+        rng.normal(size=(batch, *latent, dit.latent_channels + dit.extra_channels)).astype(np.float32),
+        rng.uniform(size=(batch, levels)).astype(np.float32),
+        None if levels == 1 else rng.integers(levels, size=(batch, num_tokens)).astype(np.int32),
+        rng.normal(size=(batch, S, dit.text_width)).astype(np.float32),
+        np.array([[True] * S, [True, True] + [False] * (S - 2)])[:batch],
+    )
+
+
+def reached(dit, params, query):
+    """Which tokens' input moves the output of one token: reached_thw, by gradient."""
+    latent, *rest = inputs(dit, batch=1)
+    t, h, w = query
+
+    @jax.jit
+    def gradient(latent):
+        return jax.grad(lambda x: dit.apply(params, x, *rest)[0, t, 2 * h, 2 * w, 0])(latent)
+
+    cells = np.abs(gradient(latent)[0]).reshape(GRID[0], GRID[1], 2, GRID[2], 2, z)
+    return cells.max(axis=(2, 4, 5)) > 1e-9
+
+
+# What it computes.
+
+
+def reference(dit, params, latent, time_BK, level_BN, text, mask):
+    """The model's docstring in numpy and float64, clip by clip, layer by layer: cross-attention, full pattern."""
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params["params"])
+    d = dit.width // dit.num_heads
+
+    def linear(x, w):
+        return x @ w["kernel"] + w["bias"]
+
+    def silu(x):
+        return x / (1 + np.exp(-x))
+
+    def gelu(x):
+        return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+    def layer_norm(x):
+        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+
+    def rms_norm(x, w):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * w["scale"]
+
+    def heads(x):
+        return x.reshape(len(x), dit.num_heads, d).transpose(1, 0, 2)
+
+    def turn(x, place_N3):
+        out = np.empty_like(x)
+        pair = 0
+        for axis, size in enumerate(embeddings.split_axes(d)):
+            for i in range(size // 2):
+                angle = place_N3[:, axis] * dit.rope_theta ** (-2 * i / size)
+                a, b = x[..., 2 * pair], x[..., 2 * pair + 1]
+                out[..., 2 * pair] = a * np.cos(angle) - b * np.sin(angle)
+                out[..., 2 * pair + 1] = a * np.sin(angle) + b * np.cos(angle)
+                pair += 1
+        return out
+
+    def attend(w, x, source, place_N3=None):
+        q, k = rms_norm(linear(x, w["query"]), w["query_norm"]), rms_norm(linear(source, w["key"]), w["key_norm"])
+        q, k, v = heads(q), heads(k), heads(linear(source, w["value"]))
+        if place_N3 is not None:
+            q, k = turn(q, place_N3), turn(k, place_N3)
+        weights = np.exp(q @ k.transpose(0, 2, 1) / np.sqrt(d))
+        out = weights / weights.sum(-1, keepdims=True) @ v
+        return linear(out.transpose(1, 0, 2).reshape(x.shape), w["out"])
+
+    nt, nh, nw = GRID
+    place_N3 = np.array([(t, h, w) for t in range(nt) for h in range(nh) for w in range(nw)], np.float64)
+    clips = []
+    for b in range(len(latent)):
+        patches = [latent[b, t, 2 * h : 2 * h + 2, 2 * w : 2 * w + 2].ravel() for t, h, w in place_N3.astype(int)]
+        x = linear(np.array(patches, np.float64), p["patch"]["linear"])
+        words = linear(gelu(linear(text[b][mask[b]].astype(np.float64), p["text_in"])), p["text_out"])
+
+        half = dit.time_features // 2
+        angle = time_BK[b][level_BN[b]].astype(np.float64)[:, None] * 1000 * 1e4 ** (-np.arange(half) / half)
+        time = linear(np.concatenate([np.cos(angle), np.sin(angle)], -1), p["time_in"])
+        time_ND = linear(silu(time), p["time_out"])
+        modulation_N6D = linear(silu(time_ND), p["time_modulation"]).reshape(N, 6, dit.width)
+
+        for layer in range(dit.num_layers):
+            w = jax.tree.map(lambda a: a[layer], p["layers"]["block_0"])  # noqa: B023
+            shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (modulation_N6D + w["modulation"]).transpose(1, 0, 2)
+            y = layer_norm(x) * (1 + scale_1) + shift_1
+            x = x + gate_1 * attend(w["self_attention"], y, y, place_N3)
+            y = layer_norm(x) * w["cross_norm"]["scale"] + w["cross_norm"]["bias"]
+            x = x + attend(w["cross_attention"], y, words)
+            y = layer_norm(x) * (1 + scale_2) + shift_2
+            x = x + gate_2 * linear(gelu(linear(y, w["mlp_in"])), w["mlp_out"])
+
+        shift, scale = p["head_modulation"][:, None] + time_ND
+        out = linear(layer_norm(x) * (1 + scale) + shift, p["head"]["linear"]).reshape(nt, nh, nw, 2, 2, -1)
+        clips.append(out.transpose(0, 1, 3, 2, 4, 5).reshape(nt, 2 * nh, 2 * nw, -1))
+    return np.stack(clips)
+
+
+def test_equals_its_docstring_in_numpy():
+    params, given = randomised(SMALL), inputs(levels=2)
+    expected = reference(SMALL, params, *given)
+    np.testing.assert_allclose(jitted(SMALL, params, *given), expected, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("text_path", ["cross", "joint"])
+def test_a_fresh_model_predicts_zeros(text_path):
+    dit = variant(text_path=text_path)
+    params = jax.jit(dit.init)(jax.random.key(0), *inputs())
+    np.testing.assert_array_equal(jitted(dit, nn.unbox(params), *inputs()), 0)
+
+
+def test_a_fresh_block_is_the_identity():
+    """With a head that lets tokens through, a fresh model does the same without its blocks."""
+    shallow, deep = (variant(scan_layers=False, num_layers=layers) for layers in (1, 3))
+    params = nn.unbox(jax.jit(deep.init)(jax.random.key(0), *inputs()))["params"]
+    params["head"] = jax.tree.map(jnp.ones_like, params["head"])
+    out = jitted(deep, {"params": params}, *inputs())
+    assert np.abs(out).max() > 0.1
+    fewer = {name: value for name, value in params.items() if name not in ("layers_1", "layers_2")}
+    np.testing.assert_array_equal(out, jitted(shallow, {"params": fewer}, *inputs()))
+
+
+def test_no_jit_gives_the_same():
+    dit = variant(num_layers=1)
+    params = randomised(dit)
+    np.testing.assert_allclose(dit.apply(params, *inputs()), jitted(dit, params, *inputs()), rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("attention", [("full",), ("frame", "time")])
+def test_scanned_layers_equal_a_loop(attention):
+    scanned = variant(attention=attention, num_layers=4)
+    looped = dataclasses.replace(scanned, scan_layers=False)
+    params = randomised(scanned)["params"]
+    unstacked = {name: value for name, value in params.items() if name != "layers"}
+    for i in range(4 // len(attention)):
+        unstacked[f"layers_{i}"] = jax.tree.map(lambda x: x[i], params["layers"])  # noqa: B023
+    out = jitted(scanned, {"params": params}, *inputs())
+    np.testing.assert_allclose(out, jitted(looped, {"params": unstacked}, *inputs()), rtol=1e-4, atol=1e-4)
+
+
+def test_every_remat_policy_gives_the_same_values_and_gradients():
+    params, given = randomised(SMALL), inputs(levels=2)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def loss_and_gradient(dit, params):
+        return jax.value_and_grad(lambda p: (dit.apply(p, *given) ** 2).mean())(params)
+
+    loss, gradient = loss_and_gradient(SMALL, params)
+    for remat in REMAT.keys() - {"nothing"}:
+        loss_again, gradient_again = loss_and_gradient(variant(remat=remat), params)
+        np.testing.assert_allclose(loss_again, loss, rtol=1e-5)
+        for one, other in zip(jax.tree.leaves(gradient), jax.tree.leaves(gradient_again), strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-4 * np.abs(one).max(), err_msg=remat)
+
+
+def test_bfloat16_stays_near_float32():
+    params = jax.tree.map(lambda x: 0.5 * x, randomised(SMALL))
+    exact = jitted(SMALL, params, *inputs())
+    rough = jitted(variant(dtype=jnp.bfloat16), params, *inputs())
+    assert rough.dtype == jnp.float32
+    assert 0 < np.abs(rough - exact).max() < 0.1 * np.abs(exact).max()
+
+
+def test_a_mesh_gives_what_one_device_gives():
+    dit = variant(text_path="cross", attention=("full", "frame"))
+    mesh = sharding.make_mesh(data=1, fsdp=2, context=2, tensor=2)
+    params, given = randomised(dit), inputs(levels=2)
+    expected = jitted(dit, params, *given)
+    places = sharding.shardings(jax.eval_shape(dit.init, jax.random.key(0), *given), mesh)
+    with jax.set_mesh(mesh):
+        out = jax.jit(dit.apply)(jax.device_put(params, places), *given)
+    np.testing.assert_allclose(out, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_every_parameter_names_its_dimensions():
+    boxed = jax.eval_shape(variant(text_path="joint").init, jax.random.key(0), *inputs())
+    leaves = jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+    assert all(isinstance(x, nn.LogicallyPartitioned) and len(x.names) == x.value.ndim for x in leaves)
+
+
+# Time.
+
+
+@pytest.mark.parametrize("text_path", ["cross", "joint"])
+def test_equal_levels_are_one_time(text_path):
+    dit = variant(text_path=text_path)
+    latent, time_B1, _, *text = inputs()
+    level_BN = np.arange(2 * N, dtype=np.int32).reshape(2, N) % 3
+    out = jitted(dit, randomised(dit), latent, np.repeat(time_B1, 3, axis=1), level_BN, *text)
+    np.testing.assert_allclose(out, jitted(dit, randomised(dit), latent, time_B1, None, *text), rtol=1e-4, atol=1e-4)
+
+
+def test_levels_of_separate_frames_equal_separate_runs():
+    """With frames apart, frames at level 0 come out as in a run at time 0 alone, those at level 1 as at time 1."""
+    dit = variant(attention=("frame",))
+    params = randomised(dit)
+    latent, time_BK, _, *text = inputs(levels=2)
+    level_of_frame = np.array([[0, 1, 0], [1, 1, 0]])
+    level_BN = np.repeat(level_of_frame, N // GRID[0], axis=1)
+    out = jitted(dit, params, latent, time_BK, level_BN, *text)
+    low, high = (jitted(dit, params, latent, time_BK[:, k : k + 1], None, *text) for k in (0, 1))
+    stitched = np.where(level_of_frame[:, :, None, None, None] == 0, low, high)
+    np.testing.assert_allclose(out, stitched, rtol=1e-4, atol=1e-4)
+    assert np.abs(low - high).max() > 0.1
+
+
+def test_joint_text_is_told_the_noisiest_time_of_its_clip():
+    """Raising a lower level that no token has changes nothing; raising the highest does."""
+    dit = variant(text_path="joint")
+    latent, _, _, *text = inputs()
+    level_BN = np.ones((2, N), np.int32)
+
+    def out(*times):
+        return jitted(dit, randomised(dit), latent, np.array([times, times], np.float32), level_BN, *text)
+
+    np.testing.assert_allclose(out(0.1, 0.5, 0.6), out(0.3, 0.5, 0.6), atol=1e-6)
+    assert np.abs(out(0.1, 0.5, 0.6) - out(0.1, 0.5, 0.9)).max() > 1e-3
+
+
+# Who sees whom.
+
+
+def test_block_causal_never_looks_ahead():
+    dit = variant(attention=("block_causal",))
+    params = randomised(dit)
+    for t in range(GRID[0]):
+        seen = reached(dit, params, (t, 1, 2))
+        assert seen[: t + 1].all() and not seen[t + 1 :].any()
+
+    latent, *rest = inputs(dit)
+    later = latent.copy()
+    later[:, 2] += 1
+    before, after = jitted(dit, params, latent, *rest), jitted(dit, params, later, *rest)
+    np.testing.assert_array_equal(before[:, :2], after[:, :2])
+    assert np.abs(before[:, 2] - after[:, 2]).max() > 0.1
+
+
+@pytest.mark.parametrize("text_path", ["cross", "joint"])
+def test_frames_apart_stay_apart(text_path):
+    """Also where all of them talk with the same text."""
+    dit = variant(attention=("frame",), text_path=text_path)
+    seen = reached(dit, randomised(dit), (1, 0, 1))
+    assert seen[1].all() and not seen[[0, 2]].any()
+
+
+def test_full_attention_connects_all_in_one_layer_and_factorised_needs_two():
+    far = (slice(1, None), slice(1, None), slice(1, None))  # another time and another place than (0, 0, 0)
+
+    def sees_far(*attention):
+        dit = variant(attention=attention, num_layers=len(attention))
+        return reached(dit, randomised(dit), (0, 0, 0))[far]
+
+    assert sees_far("full").all()
+    assert not sees_far("frame").any()
+    assert not sees_far("time").any()
+    assert sees_far("frame", "time").all()
+
+
+def test_windows_reach_further_layer_by_layer():
+    dit = variant(attention=("window",), window=(1, 0, 1), num_layers=1)
+    seen = reached(dit, randomised(dit), (0, 0, 0))
+    np.testing.assert_array_equal(np.argwhere(seen), [[0, 0, 0], [0, 0, 1], [1, 0, 0], [1, 0, 1]])
+    twice = dataclasses.replace(dit, num_layers=2)
+    np.testing.assert_array_equal(reached(twice, randomised(twice), (0, 0, 0))[:, 0], True)
+
+
+# Places, sizes.
+
+
+def test_frames_apart_may_be_shuffled():
+    dit = variant(attention=("frame",))
+    latent, *rest = inputs(dit)
+    order = np.array([2, 0, 1])
+    out = jitted(dit, randomised(dit), latent, *rest)
+    np.testing.assert_allclose(jitted(dit, randomised(dit), latent[:, order], *rest), out[:, order], atol=1e-4)
+
+
+def test_full_attention_tells_orders_apart():
+    latent, *rest = inputs()
+    order = np.array([2, 0, 1])
+    out = jitted(SMALL, randomised(SMALL), latent, *rest)
+    assert np.abs(jitted(SMALL, randomised(SMALL), latent[:, order], *rest) - out[:, order]).max() > 1e-2
+
+
+def test_rotary_places_are_relative_and_sincos_places_are_not():
+    later_N3 = embeddings.grid_places(GRID, offset=(5, 2, 3))
+    for positions, moves in (("rotary", False), ("sincos", True)):
+        dit = variant(positions=positions)
+        params = randomised(dit)
+        out = jitted(dit, params, *inputs())
+        difference = np.abs(jitted(dit, params, *inputs(), place_N3=later_N3) - out).max() / np.abs(out).max()
+        assert difference > 1e-2 if moves else difference < 1e-3
+
+
+def test_images_and_other_sizes_use_the_same_parameters():
+    """A clip of one frame is an image; and with frames apart, a clip is its frames as images."""
+    dit = variant(attention=("frame",))
+    params = randomised(dit)
+    latent, *rest = inputs(dit)
+    whole = jitted(dit, params, latent, *rest)
+    for t in range(3):
+        image = jitted(dit, params, latent[:, t : t + 1], *rest)
+        np.testing.assert_allclose(image, whole[:, t : t + 1], rtol=1e-3, atol=1e-4)
+    wide = jitted(SMALL, randomised(SMALL), *inputs(latent=(5, 2, 10)))
+    assert wide.shape == (2, 5, 2, 10, z) and np.isfinite(wide).all()
+
+
+def test_extra_channels_are_seen_but_not_predicted():
+    dit = variant(extra_channels=4)
+    latent, *rest = inputs(dit)
+    out = jitted(dit, randomised(dit), latent, *rest)
+    assert out.shape == (*latent.shape[:-1], z)
+    changed = latent.copy()
+    changed[..., z:] += 1
+    assert np.abs(jitted(dit, randomised(dit), changed, *rest) - out).max() > 1e-2
+
+
+# Text.
+
+
+@pytest.mark.parametrize("attention", [("full",), ("frame", "time")])
+@pytest.mark.parametrize("text_path", ["cross", "joint"])
+def test_words_matter_and_padding_does_not(text_path, attention):
+    dit = variant(text_path=text_path, attention=attention)
+    latent, time_BK, _, text, mask = inputs()
+    out = jitted(dit, randomised(dit), latent, time_BK, None, text, mask)
+    padding = np.where(mask[..., None], text, 7.0).astype(np.float32)
+    np.testing.assert_allclose(jitted(dit, randomised(dit), latent, time_BK, None, padding, mask), out, atol=1e-5)
+    words = np.where(mask[..., None], -text, text)
+    assert (
+        np.abs(jitted(dit, randomised(dit), latent, time_BK, None, words, mask) - out).max((1, 2, 3, 4)) > 1e-3
+    ).all()
+
+
+def test_no_mask_means_that_all_words_are_real():
+    latent, time_BK, _, text, mask = inputs()
+    params = randomised(SMALL)
+    everything = jitted(SMALL, params, latent, time_BK, None, text, np.ones_like(mask))
+    np.testing.assert_allclose(jitted(SMALL, params, latent, time_BK, None, text), everything, atol=1e-6)
+
+
+# Sizes and errors.
+
+
+@pytest.mark.parametrize(
+    "name, latent_channels, text_width, expected",
+    [
+        ("tiny", 16, 128, 3_963_520),
+        ("S", 16, 128, 29_808_064),
+        ("B", 16, 128, 118_598_464),
+        ("L", 16, 128, 412_193_856),
+        ("XL", 16, 128, 606_570_688),
+        ("wan-1.3b", 16, 4096, 1_418_996_800),
+        ("wan-5b", 48, 4096, 4_999_787_712),
+        ("wan-14b", 16, 4096, 14_288_491_584),
+    ],
+)
+def test_sizes_have_the_parameters_they_should(name, latent_channels, text_width, expected):
+    dit = DiT(latent_channels=latent_channels, text_width=text_width, **SIZES[name])
+    latent, text = np.zeros((1, 1, 2, 2, latent_channels)), np.zeros((1, 1, text_width))
+    params = jax.eval_shape(dit.init, jax.random.key(0), latent, np.zeros((1, 1)), None, text)
+    assert sum(x.size for x in jax.tree.leaves(params)) == expected
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(num_layers=3, attention=("frame", "time")), "num_layers=3.*multiple of 2"),
+        (dict(num_heads=5), "width=24: use a multiple of num_heads=5"),
+        (dict(remat="nothin"), "remat='nothin': did you mean 'nothing'"),
+        (dict(remat="xyz"), "expected one of nothing, projections, attention"),
+        (dict(text_path="crossed"), "text_path='crossed': did you mean 'cross'"),
+        (dict(positions="learned"), "positions='learned': expected one of rotary, sincos"),
+        (dict(attention=("ful",)), "attention pattern='ful': did you mean 'full'"),
+        (dict(attention=("window",)), "window=None"),
+        (dict(extra_channels=2), r"latent of shape \(2, 3, 4, 6, 3\): expected \(B, t, h, w, 5\)"),
+        (dict(patch=(2, 2, 2)), r"not a whole number of patches \(2, 2, 2\)"),
+        (dict(num_heads=8), "width=3.*even"),
+    ],
+)
+def test_errors_teach(fields, message):
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(variant(**fields).init, jax.random.key(0), *inputs())
+
+
+def test_a_time_without_levels_is_refused():
+    latent, time_BK, *rest = inputs()
+    with pytest.raises(ValueError, match=r"time of shape \(2,\): expected \(B, K\)"):
+        jax.eval_shape(SMALL.init, jax.random.key(0), latent, time_BK[:, 0], *rest)
