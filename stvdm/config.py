@@ -26,7 +26,7 @@ def autoencoder() -> ConfigDict:
     config.kind = "autoencoder"
     config.model = _autoencoder_model()
     config.loss = _section(
-        reconstruction=1.0,  # weight of |x - x'| (L1), averaged over values
+        absolute=1.0,  # weight of |x - x'|, averaged over values
         squared=0.0,  # weight of (x - x')², averaged over values
         kl=1e-6,  # weight of KL(q(z|x) | N(0, 1)), averaged over latent values
         perceptual=0.0,  # weight of the distance between features of a fixed network

@@ -1,8 +1,77 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every test sees eight CPU devices, whatever the machine has."""
+"""Every test sees eight CPU devices, whatever the machine has.
+
+Most of a test's time is compiling programs that then run for a moment: so they are compiled with few optimisations, and
+kept for the next run.
+"""
 
 import os
+import pathlib
+
+import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+CACHE = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "xla"
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+TINY_AUTOENCODER = dict(
+    latent_channels=4,
+    width=4,
+    multipliers=(1, 2),
+    num_res_blocks=1,
+    spatial_down=(True,),
+    temporal_down=(True,),
+    unshuffle=2,
+    convolution="separable",
+    middle_attention=False,
+)
+TINY_DIT = dict(width=16, num_layers=2, num_heads=2, mlp_width=32, time_features=8)
+TINY_TEXT = dict(width=8, num_layers=1, num_heads=2)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """The folder of an exported model of clips of 5x16x16, every weight random, so that every part of it matters."""
+    import flax.linen as nn
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from stvdm import checkpoint
+    from stvdm import config as base
+    from stvdm.models.autoencoder3d import Autoencoder
+    from stvdm.sampling import pipeline
+
+    config = base.dit()
+    config.data.buckets = ((5, 16, 16, 8, 1.0),)
+    config.model.update(TINY_DIT)
+    config.text.update(dict(TINY_TEXT, words=("a", "ball", "blue", "grows", "moves", "red", "square"), max_tokens=12))
+    config.sample.update(dict(steps=4, guidance=2.0))
+    coder = Autoencoder(**TINY_AUTOENCODER)
+    models = pipeline.build(config.to_dict(), latent_channels=4, num_words=10)
+    latent, text = jnp.zeros((1, 3, 4, 4, 4)), jnp.zeros((1, 12, 8))
+
+    def init(key):
+        keys = jax.random.split(key, 3)
+        return nn.unbox(
+            {
+                "autoencoder": coder.init(keys[0], jnp.zeros((1, 5, 16, 16, 3)))["params"],
+                "dit": models.dit.init(keys[1], latent, jnp.zeros((1, 1)), None, text)["params"],
+                "text": models.text.init(keys[2], jnp.zeros((1, 12), int), jnp.ones((1, 12), bool))["params"],
+            }
+        )
+
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    random = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: random.normal(size=leaf.shape).astype(np.float32) * 0.3, shapes)
+    params["statistics"] = {"mean_z": np.full(4, 0.1, np.float32), "std_z": np.full(4, 0.5, np.float32)}
+    folder = tmp_path_factory.mktemp("tiny_model")
+    description = {"kind": "dit", "autoencoder": TINY_AUTOENCODER, "config": config.to_dict()}
+    checkpoint.save_model(folder, params, description)
+    return folder

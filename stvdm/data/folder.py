@@ -10,7 +10,7 @@ is left out, counted, and named with its reason; what breaks later, while traini
 and counted too.
 
     source = FolderSource("clips", fps=8, min_frames=17)
-    print(source.report)         # 13 of 16 files are used; 3 are not: ...
+    print(source.report)         # 13 of 16 clips are used; 3 are not: ...
     source.read(0, num_frames=17, height=64, width=64, rng=np.random.default_rng(0))["caption"]
 """
 
@@ -72,7 +72,7 @@ class SkipReport:
         return {"num_used": self.num_used, **dataclasses.asdict(self)}
 
     def __str__(self) -> str:
-        lines = [f"{self.num_used} of {self.num_found} files are used"]
+        lines = [f"{self.num_used} of {self.num_found} clips are used"]
         if self.skipped:
             lines[0] += f"; {len(self.skipped)} are not:"
             lines += [f"  {name}: {reason}" for name, reason in self.skipped.items()]

@@ -72,7 +72,7 @@ def test_errors_say_what_to_change(tmp_path):
         FolderSource(tmp_path, fps=8)
     (tmp_path / "a.mp4").write_bytes(b"")
     (tmp_path / "a.txt").write_text("a caption")
-    with pytest.raises(ValueError, match=r"0 of 1 files are used; 1 are not:\n  a.mp4: empty file"):
+    with pytest.raises(ValueError, match=r"0 of 1 clips are used; 1 are not:\n  a.mp4: empty file"):
         FolderSource(tmp_path, fps=8)
     with pytest.raises(ValueError, match="fps=0: expected above 0"):
         FolderSource(tmp_path, fps=0)
@@ -91,7 +91,7 @@ def test_reports_add_up():
     one.merge(other)
     assert (one.num_found, one.num_used, one.num_replaced) == (5, 4, {"b": 2})
     assert str(one).splitlines() == [
-        "4 of 5 files are used; 1 are not:",
+        "4 of 5 clips are used; 1 are not:",
         "  a: empty file",
         "2 times another was read in place of:",
         "  b (2 times): gone",

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Distances between clips, and how much a clip flickers: pure functions, one number for each clip of a batch.
+
+PSNR and SSIM compare a clip with the one it was made from. Flicker looks at one clip, or at two that should move alike.
+Each docstring says what its number cannot see.
+
+    scores = {"psnr": psnr(decoded, video, data_range=2.0), "ssim": ssim(decoded, video, data_range=2.0)}
+    flickers = excess_flicker(decoded, video)
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+
+def psnr(decoded_BTHWC: jax.Array, video_BTHWC: jax.Array, *, data_range: float) -> jax.Array:
+    """Peak signal-to-noise ratio of each clip, in dB: 10 log10(data_range² / mean squared error); (B,).
+
+    The squared error is averaged over all values of a clip before the logarithm. ``data_range`` is the span of the
+    values: 2 for [-1, 1], 255 for bytes. Equal clips give infinity.
+
+    Cannot see: where the error is. A sharp clip that is shifted by a pixel scores below a blurred one, and a small
+    object that is lost altogether costs nearly nothing in a large frame.
+    """
+    error = jnp.asarray(decoded_BTHWC, jnp.float32) - jnp.asarray(video_BTHWC, jnp.float32)
+    return 10.0 * jnp.log10(data_range**2 / jnp.mean(jnp.square(error), axis=(1, 2, 3, 4)))
+
+
+def ssim(decoded_BTHWC: jax.Array, video_BTHWC: jax.Array, *, data_range: float) -> jax.Array:
+    """Structural similarity of each clip, at most 1, averaged over frames and channels; (B,).
+
+    Wang et al. 2004 (https://doi.org/10.1109/TIP.2003.819861): means, variances and covariance under a Gaussian window
+    of 11 x 11 and deviation 1.5, constants (0.01 L)² and (0.03 L)², where the window lies inside the frame.
+
+    Cannot see: time (a clip with its frames shuffled alike scores 1), nor colour as such: channels count separately.
+
+    Raises:
+      ValueError: for frames smaller than the window.
+    """
+    B, T, H, W, C = video_BTHWC.shape
+    if min(H, W) < _WINDOW:
+        raise ValueError(f"frames of {H}x{W}: SSIM slides a window of {_WINDOW}x{_WINDOW}, so use larger ones.")
+
+    def planes(clip: jax.Array) -> jax.Array:
+        return jnp.asarray(clip, jnp.float32).transpose(0, 1, 4, 2, 3).reshape(B * T * C, H, W)
+
+    x, y = planes(decoded_BTHWC), planes(video_BTHWC)
+    mean_x, mean_y = _smooth(x), _smooth(y)
+    variance_x, variance_y = _smooth(x * x) - mean_x**2, _smooth(y * y) - mean_y**2
+    covariance = _smooth(x * y) - mean_x * mean_y
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    structure = (2 * covariance + c2) / (variance_x + variance_y + c2)
+    return jnp.mean((luminance * structure).reshape(B, -1), axis=1)
+
+
+def flicker(video_BTHWC: jax.Array) -> jax.Array:
+    """Mean absolute difference between neighbouring frames, in units of the values; (B,).
+
+    VBench's temporal flickering (https://arxiv.org/abs/2311.17982, section 3.2) is (255 - this) / 255 for bytes in
+    0 to 255, taken there on static scenes only. Cannot see: why pixels change. Motion counts as flicker, and a frozen
+    clip scores best.
+
+    Raises:
+      ValueError: for a clip of one frame.
+    """
+    return jnp.mean(jnp.abs(_differences(video_BTHWC)), axis=(1, 2, 3, 4))
+
+
+def excess_flicker(decoded_BTHWC: jax.Array, video_BTHWC: jax.Array) -> jax.Array:
+    """Energy of the frame-to-frame change of a clip that its reference does not have; (B,), squared units.
+
+        mean |d decoded|² - mean |d video|²,       d = difference of neighbouring frames
+
+    True motion is in both and cancels: 0 for a faithful clip, 2 v for independent noise of variance v on each frame,
+    below 0 where motion was blurred away. Cannot see: flicker that takes the place of motion of the same energy; look
+    at PSNR beside it.
+    """
+    decoded, video = (
+        jnp.mean(jnp.square(_differences(clip)), axis=(1, 2, 3, 4)) for clip in (decoded_BTHWC, video_BTHWC)
+    )
+    return decoded - video
+
+
+_WINDOW = 11
+
+
+def _smooth(planes: jax.Array) -> jax.Array:
+    """Gaussian window of deviation 1.5 where it lies inside; (n, H, W) -> (n, H - 10, W - 10), as two products."""
+    H, W = planes.shape[1:]
+    exact = lax.Precision.HIGHEST  # variances are small differences of large numbers
+    return jnp.einsum("yh,nhw,xw->nyx", _window_matrix(H), planes, _window_matrix(W), precision=exact)
+
+
+def _window_matrix(size: int) -> np.ndarray:
+    """(size - 10, size): the window, one step further in each row."""
+    weights = np.exp(-0.5 * np.square((np.arange(_WINDOW) - _WINDOW // 2) / 1.5))
+    rows = size - _WINDOW + 1
+    matrix = np.zeros((rows, size), np.float32)
+    for i in range(rows):
+        matrix[i, i : i + _WINDOW] = weights / weights.sum()
+    return matrix
+
+
+def _change_energy(video_BTHWC: jax.Array) -> jax.Array:
+    return jnp.mean(jnp.square(_differences(video_BTHWC)), axis=(1, 2, 3, 4))
+
+
+def _differences(video_BTHWC: jax.Array) -> jax.Array:
+    if video_BTHWC.shape[1] < 2:
+        raise ValueError(f"num_frames={video_BTHWC.shape[1]}: flicker is change over time, so use at least 2 frames.")
+    return jnp.diff(jnp.asarray(video_BTHWC, jnp.float32), axis=1)

@@ -1,0 +1,373 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From prompts to videos: one pipeline over an autoencoder, a text encoder and a spacetime transformer.
+
+    pipeline = Pipeline.load()                                     # the bundled model; or a folder that training wrote
+    result = pipeline.generate(["a red ball bounces to the right"], seed=0)
+    result.videos                                                  # uint8 (n, T, H, W, 3)
+
+All of a clip is denoised at once, as one object in space and time: noise_Bthwz, followed along the guided velocity by
+one jitted `samplers.sample`, gives the latent, which is streamed through the decoder. The noise of a video follows
+from its own seed alone, and videos are made `batch_size` at a time in one compiled shape, so with the default of one
+a seed gives the same bytes whatever else is asked for beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.resources
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from stvdm import checkpoint, shapes
+from stvdm.diffusion import flow, guidance, samplers, schedules
+from stvdm.models import autoencoder3d
+from stvdm.models.autoencoder3d import Autoencoder
+from stvdm.models.dit import DiT
+from stvdm.models.text_encoders import TextEncoder, WordTokenizer
+
+Tree = Any
+
+SAMPLERS: dict[str, Callable[[flow.Path], samplers.Sampler]] = {
+    "euler": lambda path: samplers.euler(),
+    "heun": lambda path: samplers.heun(),
+    "dpm++": samplers.dpm_solver_pp,
+    "unipc": samplers.unipc,
+}
+
+
+class Models(NamedTuple):
+    """The two networks that are trained together: a velocity of latents, and the text it listens to."""
+
+    dit: DiT
+    text: TextEncoder
+
+    def predict(
+        self, params: Tree, x_Bthwz: jax.Array, time_B: jax.Array, text_BSE: jax.Array, mask_BS: jax.Array
+    ) -> jax.Array:
+        """What the network was trained to predict at x, with one time for each clip."""
+        return self.dit.apply({"params": params["dit"]}, x_Bthwz, time_B[:, None], None, text_BSE, mask_BS)
+
+    def read(self, params: Tree, tokens_BS: jax.Array, mask_BS: jax.Array) -> jax.Array:
+        """text_BSE of tokenized captions."""
+        return self.text.apply({"params": params["text"]}, tokens_BS, mask_BS)
+
+
+class Denoising(NamedTuple):
+    """How to go from noise to latent: what `denoise` compiles for."""
+
+    objective: flow.Objective
+    sampler: str
+    guidance: float
+    guidance_interval: tuple[float, float]
+    guidance_rescale: float
+
+
+def build(settings: Mapping[str, Any], *, latent_channels: int, num_words: int) -> Models:
+    """The networks of a config's ``model`` and ``text`` sections."""
+    text = dict(settings["text"])
+    del text["words"]
+    model = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in dict(settings["model"]).items()
+    }
+    return Models(
+        dit=DiT(latent_channels=latent_channels, text_width=text["width"], **model),
+        text=TextEncoder(vocabulary_size=num_words, **text),
+    )
+
+
+def objective(settings: Mapping[str, Any]) -> flow.Objective:
+    """What the network of a config's ``flow`` section predicts, and on which path."""
+    return flow.Objective(settings["prediction"], flow.PATHS[settings["path"]])
+
+
+@functools.partial(jax.jit, static_argnames=("models", "how", "callback"))
+def denoise(
+    models: Models,
+    params: Tree,
+    noise_Bthwz: jax.Array,
+    times: jax.Array,
+    prompt: tuple[jax.Array, jax.Array],
+    null: tuple[jax.Array, jax.Array],
+    *,
+    how: Denoising,
+    callback: Callable[[int], None] | None = None,
+) -> jax.Array:
+    """The normalised latent_Bthwz that ``noise`` flows to.
+
+    Args:
+      params: {"dit", "text"}.
+      times: (steps + 1,), from 1 down to 0.
+      prompt, null: (tokens_BS, mask_BS) of the captions, and of the empty caption that guidance leads away from.
+    """
+    velocities = []
+    for tokens_BS, mask_BS in (prompt, null):
+        text_BSE = models.read(params, tokens_BS, mask_BS)
+
+        def predict(
+            x: jax.Array, t: jax.Array, text_BSE: jax.Array = text_BSE, mask_BS: jax.Array = mask_BS
+        ) -> jax.Array:
+            return models.predict(params, x, jnp.full(x.shape[:1], t), text_BSE, mask_BS)
+
+        velocities.append(flow.velocity_field(predict, objective=how.objective))
+    guided = guidance.classifier_free(
+        *velocities,
+        scale=how.guidance,
+        interval=how.guidance_interval,
+        rescale=how.guidance_rescale,
+        path=how.objective.path,
+    )
+    return samplers.sample(
+        guided, noise_Bthwz, times, sampler=SAMPLERS[how.sampler](how.objective.path), callback=callback
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Videos, the normalised latents they were decoded from, and all that is needed to make them again."""
+
+    videos: np.ndarray  # uint8 (n, T, H, W, 3)
+    latents: np.ndarray  # float32 (n, t, h, w, z)
+    prompts: list[str]  # one a video
+    seeds: list[int]  # one a video
+    settings: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """A model that can be sampled. ``params`` are {"autoencoder", "statistics", "dit", "text"}."""
+
+    autoencoder: Autoencoder
+    models: Models
+    tokenizer: WordTokenizer
+    params: Tree
+    settings: dict[str, Any]  # the config it was trained with
+    digest: str  # sha256 of its weights
+
+    @classmethod
+    def load(cls, path: epath.PathLike | None = None) -> Pipeline:
+        """The model in a folder: an exported one, or the run that exported it; without a path the bundled one.
+
+        Raises:
+          FileNotFoundError: if there is no model.
+          ValueError: if the files are damaged, or the model is an autoencoder alone.
+        """
+        params, description = checkpoint.load_model(bundled() if path is None else model_folder(path))
+        if description["kind"] != "dit":
+            raise ValueError(
+                f"{path}: this is a model of kind {description['kind']!r}, which makes no videos by itself; "
+                "train a transformer on it with `stvdm train dit`, and give that folder."
+            )
+        return cls.of(params, description)
+
+    @classmethod
+    def of(cls, params: Tree, description: Mapping[str, Any]) -> Pipeline:
+        """The pipeline of weights and description as `checkpoint.load_model` gives them."""
+        settings = description["config"]
+        coder = autoencoder_of(description["autoencoder"])
+        tokenizer = WordTokenizer(tuple(settings["text"]["words"]), settings["text"]["max_tokens"])
+        models = build(settings, latent_channels=coder.latent_channels, num_words=tokenizer.vocabulary_size)
+        return cls(coder, models, tokenizer, params, settings, description.get("sha256", ""))
+
+    @property
+    def default_shape(self) -> tuple[int, int, int]:
+        """(T, H, W) of the longest clips it was trained on."""
+        T, H, W, *_ = max(self.settings["data"]["buckets"], key=lambda bucket: bucket[0] * bucket[1] * bucket[2])
+        return T, H, W
+
+    @property
+    def fps(self) -> float:
+        return self.settings["data"]["fps"]
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        num: int = 1,
+        seed: int = 0,
+        seeds: Sequence[int] | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        sampler: str | None = None,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        batch_size: int = 1,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Result:
+        """Videos of the prompts, ``num`` of each, with the seeds seed, seed + 1, ...; what is None is as in training.
+
+        Args:
+          seeds: one seed for each prompt, in place of ``seed`` (and then ``num`` is 1).
+          batch_size: videos made side by side.
+          progress: called with (steps done, steps in all), over all videos.
+
+        Raises:
+          ValueError: for a prompt with words the model never saw, or a size it cannot make.
+        """
+        chosen = dict(self.settings["sample"])
+        given = dict(steps=steps, guidance=guidance, sampler=sampler)
+        chosen.update({name: value for name, value in given.items() if value is not None})
+        T, H, W = self.default_shape
+        shape = (num_frames or T, height or H, width or W)
+        self._check(prompts, shape, chosen, num)
+        latent_thw = self.autoencoder.latent_shape(shape)
+        grid = shapes.token_grid(latent_thw, self.models.dit.patch)
+        if shape != self.default_shape:
+            warnings.warn(
+                f"clips of {shape}: the model was trained on {self.default_shape}, and may do worse.", stacklevel=2
+            )
+
+        videos_to_make = [(prompt, seed + i) for prompt in prompts for i in range(num)]
+        if seeds is not None:
+            videos_to_make = list(zip(prompts, seeds, strict=True))
+        times = sampling_times(chosen, grid, self._training_grid())
+        how = denoising(self.settings["flow"], chosen)
+        total = len(times) - 1
+        videos, latents = [], []
+        for start in range(0, len(videos_to_make), batch_size):
+            part = videos_to_make[start : start + batch_size]
+            padded = part + [part[-1]] * (batch_size - len(part))  # one compiled shape
+            noise = jnp.stack([_noise(s, (*latent_thw, self.autoencoder.latent_channels)) for _, s in padded])
+            prompt = self.tokenizer([text for text, _ in padded])
+            null = self.tokenizer([""] * batch_size)
+            if progress is not None:
+                made, everything = start * total, len(videos_to_make) * total
+                _relay.listener = functools.partial(_tell, progress, made, len(part), everything)
+            callback = None if progress is None else _relay
+            latent = denoise(self.models, self.params, noise, times, prompt, null, how=how, callback=callback)
+            videos.append(self.decode(latent)[: len(part)])
+            latents.append(np.asarray(latent)[: len(part)])
+        settings = dict(
+            **{
+                name: list(value) if isinstance(value, tuple) else value
+                for name, value in chosen.items()
+                if name != "previews"
+            },
+            num_frames=shape[0],
+            height=shape[1],
+            width=shape[2],
+            fps=self.fps,
+            batch_size=batch_size,
+            model_sha256=self.digest,
+        )
+        return Result(
+            videos=np.concatenate(videos),
+            latents=np.concatenate(latents),
+            prompts=[prompt for prompt, _ in videos_to_make],
+            seeds=[s for _, s in videos_to_make],
+            settings=settings,
+        )
+
+    def encode(self, video_BTHWC: np.ndarray | jax.Array) -> jax.Array:
+        """The normalised latent of uint8 videos."""
+        video = jnp.asarray(video_BTHWC, jnp.float32) / 127.5 - 1
+        mean, _ = _encode(self.autoencoder, self.params["autoencoder"], video)
+        return autoencoder3d.normalise(mean, self.params["statistics"])
+
+    def decode(self, latent_Bthwz: jax.Array) -> np.ndarray:
+        """uint8 videos of normalised latents, one latent frame at a time through the decoder."""
+        latent = autoencoder3d.denormalise(jnp.asarray(latent_Bthwz), self.params["statistics"])
+        chunks = autoencoder3d.stream_decode(self.autoencoder, self.params["autoencoder"], latent, chunk_latents=1)
+        return np.concatenate([to_uint8(chunk) for chunk in chunks], axis=1)
+
+    def _training_grid(self) -> tuple[int, int, int]:
+        return shapes.token_grid(self.autoencoder.latent_shape(self.default_shape), self.models.dit.patch)
+
+    def _check(self, prompts: Sequence[str], shape: tuple[int, int, int], chosen: Mapping[str, Any], num: int) -> None:
+        if not prompts:
+            raise ValueError("prompts=[]: expected at least one sentence.")
+        if num < 1:
+            raise ValueError(f"num={num}: expected at least 1 video of each prompt.")
+        if chosen["sampler"] not in SAMPLERS:
+            raise ValueError(f"sampler={chosen['sampler']!r}: expected one of {', '.join(SAMPLERS)}.")
+        if chosen["steps"] < 1:
+            raise ValueError(f"steps={chosen['steps']}: expected at least 1 denoising step.")
+        for prompt in prompts:
+            unknown = self.tokenizer.unknown_words(prompt)
+            if unknown or not prompt.strip():
+                words = ", ".join(map(repr, unknown)) or "(none given)"
+                raise ValueError(
+                    f"prompt {prompt!r}: the model never saw the words {words}; "
+                    f"it knows {len(self.tokenizer.words)}: {', '.join(self.tokenizer.words)}."
+                )
+            length = self.tokenizer.count(prompt)
+            if length > self.tokenizer.max_tokens:
+                raise ValueError(
+                    f"prompt {prompt!r}: {length} tokens, and the model reads {self.tokenizer.max_tokens}; shorten it."
+                )
+
+
+def autoencoder_of(model: Mapping[str, Any]) -> Autoencoder:
+    """The autoencoder with these settings (a config's ``model`` section, also as it comes back from JSON)."""
+    return Autoencoder(**{name: tuple(value) if isinstance(value, list) else value for name, value in model.items()})
+
+
+def denoising(flow_settings: Mapping[str, Any], sample_settings: Mapping[str, Any]) -> Denoising:
+    """What `denoise` compiles for, from a config's ``flow`` and ``sample`` sections."""
+    low, high = sample_settings["guidance_interval"]
+    return Denoising(
+        objective=objective(flow_settings),
+        sampler=sample_settings["sampler"],
+        guidance=float(sample_settings["guidance"]),
+        guidance_interval=(low, high),
+        guidance_rescale=sample_settings["guidance_rescale"],
+    )
+
+
+def sampling_times(
+    sample_settings: Mapping[str, Any], grid: tuple[int, int, int], training_grid: tuple[int, int, int]
+) -> jax.Array:
+    """The schedule of a config's ``sample`` section; with shift 0 more tokens than in training lean to noise."""
+    shift = sample_settings["shift"] or schedules.shift_for_tokens(
+        int(np.prod(grid)), base_tokens=int(np.prod(training_grid))
+    )
+    return schedules.shifted(sample_settings["steps"], shift=shift)
+
+
+def to_uint8(video: jax.Array) -> np.ndarray:
+    """Video in [-1, 1] as pixels."""
+    return np.asarray(jnp.clip(jnp.round((video + 1) * 127.5), 0, 255).astype(jnp.uint8))
+
+
+def bundled() -> epath.Path:
+    """The folder of the model that comes with the package."""
+    return epath.Path(str(importlib.resources.files("stvdm") / "bundled"))
+
+
+def model_folder(path: epath.PathLike) -> epath.Path:
+    """Where a path's model lies: the folder itself, or the ``model`` in a run's folder."""
+    folder = epath.Path(path).expanduser()
+    return folder / "model" if (folder / "model").exists() else folder
+
+
+def _tell(progress: Callable[[int, int], None], made: int, num_videos: int, total: int, done: int) -> None:
+    """Steps of one batch of videos, as steps of all of them."""
+    progress(made + done * num_videos, total)
+
+
+class _Relay:
+    """Passes on the number of steps done. One object for all runs, since `denoise` compiles anew for each callback."""
+
+    listener: Callable[[int], None]
+
+    def __call__(self, done: int) -> None:
+        self.listener(done)
+
+
+_relay = _Relay()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(autoencoder: Autoencoder, params: Tree, video: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return autoencoder.apply({"params": params}, video, method="encode")
+
+
+def _noise(seed: int, shape: tuple[int, ...]) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape)

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trains the spacetime transformer and its text encoder on latents of a trained autoencoder; reads top to bottom.
+
+    stvdm train dit --config=configs/dit_kinetic.py --workdir=runs/dit
+
+    x_t = (1 - t) latent + t noise,      loss = |network(x_t, t, caption) - (noise - latent)|²
+
+In ``workdir``: ``checkpoints/`` to go on from, ``metrics.jsonl``, ``tensorboard/``, ``previews/`` (samples of
+``config.sample.previews``), ``model/`` (the averaged weights together with the autoencoder: what `stvdm generate`
+loads). The latents are read ready-made (``data.source="latents"``) or encoded in the step.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from stvdm import checkpoint, sharding
+from stvdm import config as base
+from stvdm.data.loader import Loader
+from stvdm.diffusion import flow, schedules
+from stvdm.models import autoencoder3d
+from stvdm.models.text_encoders import WordTokenizer, collect_words
+from stvdm.sampling import pipeline
+from stvdm.sampling.pipeline import Pipeline
+from stvdm.train import state as state_lib
+from stvdm.train.state import State, is_due
+from stvdm.train.telemetry import Telemetry
+
+Tree = Any
+Metrics = dict[str, jax.Array]
+
+MAX_CAPTIONS = 20_000  # that are read for the vocabulary
+EVAL_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # at which the held-out loss is taken, each by itself
+
+
+def main(config: ConfigDict, workdir: epath.PathLike) -> None:
+    """Trains until ``config.total_steps``, from the newest checkpoint in ``workdir`` if there is one."""
+    # Config and mesh.
+    base.validate(config)
+    workdir = epath.Path(workdir).expanduser()
+    mesh = sharding.make_mesh(**config.mesh)
+
+    with jax.set_mesh(mesh), checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
+        # Autoencoder, words and networks.
+        coder_params, coder_description = load_autoencoder(config.autoencoder)
+        coder = pipeline.autoencoder_of(coder_description["autoencoder"])
+        batches = state_lib.open_batches(config, split="train")
+        config = base.with_words(config, words_of(config, checkpoints, batches))
+        tokenizer = WordTokenizer(tuple(config.text.words), config.text.max_tokens)
+        settings = config.to_dict()
+        models = pipeline.build(settings, latent_channels=coder.latent_channels, num_words=tokenizer.vocabulary_size)
+        objective = pipeline.objective(settings["flow"])
+        latents_of = latent_reader(coder, ready=config.data.source == "latents")
+
+        # Optimiser.
+        optimizer, rate = state_lib.make_optimizer(config.optimizer, config.total_steps)
+        latent_Bthwz = jnp.zeros((1, *coder.latent_shape(tuple(config.data.buckets[0][:3])), coder.latent_channels))
+
+        null = tokenizer([""])
+
+        def init() -> Tree:
+            key_dit, key_text = jax.random.split(jax.random.key(config.seed))
+            text = models.text.init(key_text, *null)["params"]
+            text_BSE = jnp.zeros((1, config.text.max_tokens, config.text.width))
+            time_BK = jnp.zeros((1, 1))
+            return {"dit": models.dit.init(key_dit, latent_Bthwz, time_BK, None, text_BSE)["params"], "text": text}
+
+        # Restore or initialise.
+        state, shardings = state_lib.initialise(init, optimizer, mesh)
+        state, first_step = state_lib.resume(checkpoints, state, batches.position)
+        frozen = jax.device_put(coder_params, sharding.replicated(mesh))
+
+        # Step.
+        def flow_loss(
+            params: Tree, latent: jax.Array, tokens: jax.Array, mask: jax.Array, time: jax.Array, key: jax.Array
+        ) -> tuple[jax.Array, Metrics]:
+            text = models.read(params, tokens, mask)
+            return flow.flow_matching_loss(
+                lambda x, t: models.predict(params, x, t, text, mask),
+                latent,
+                jax.random.normal(key, latent.shape),
+                time,
+                objective=objective,
+            )
+
+        def shift_of(latent: jax.Array) -> float:
+            return schedules.shift_for_tokens(
+                math.prod(latent.shape[1:4]), base_tokens=math.prod(latent_Bthwz.shape[1:4])
+            )
+
+        def loss(params: Tree, batch: Tree, key: jax.Array) -> tuple[jax.Array, Metrics]:
+            key_noise, key_time, key_drop = jax.random.split(key, 3)
+            latent, tokens, mask = batch["latent"], batch["tokens"], batch["mask"]
+            B = latent.shape[0]
+            dropped = jax.random.bernoulli(key_drop, config.flow.caption_dropout, (B, 1))
+            tokens, mask = jnp.where(dropped, null[0], tokens), jnp.where(dropped, null[1], mask)
+            time = flow.sample_times(
+                key_time,
+                (B,),
+                density=config.flow.density,
+                mean=config.flow.mean,
+                std=config.flow.std,
+                stratified=config.flow.stratified,
+                shift=config.flow.shift or shift_of(latent),
+            )
+            losses, parts = flow_loss(params, latent, tokens, mask, time, key_noise)
+            return losses.mean(), {"velocity_mse": parts["velocity_mse"].mean()}
+
+        gradient = state_lib.accumulated_grad(loss, config.optimizer.accumulate)
+
+        def train_step(state: State, batch: Tree, frozen: Tree) -> tuple[State, Metrics]:
+            batch = {**batch, "latent": latents_of(frozen, batch)}
+            batch.pop("video", None)
+            grads, metrics = gradient(state.params, batch, state_lib.stream(config.seed, state.step, "flow"))
+            state, taken = state_lib.update(state, grads, optimizer=optimizer, ema_decay=config.ema_decay)
+            return state, {**metrics, **taken, "learning_rate": rate(state.step)}
+
+        train_step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+
+        # Evaluation: the loss of held-out clips at fixed times with fixed noise, and samples of fixed prompts.
+        @jax.jit
+        def held_out_loss(params: Tree, batch: Tree, frozen: Tree, key: jax.Array) -> Metrics:
+            latent = latents_of(frozen, batch)
+            scores = {}
+            for t in EVAL_TIMES:
+                time = jnp.full(latent.shape[:1], t)
+                _, parts = flow_loss(params, latent, batch["tokens"], batch["mask"], time, key)
+                scores[f"velocity_mse_at_{t}"] = parts["velocity_mse"].mean()
+            return {"velocity_mse": jnp.mean(jnp.stack(list(scores.values()))), **scores}
+
+        def evaluate(params: Tree) -> dict[str, float]:
+            held_out = state_lib.open_batches(config, split="validation")
+            scores = [
+                held_out_loss(params, ready(next(held_out)), frozen, state_lib.stream(config.seed, i, "evaluation"))
+                for i in range(config.eval_batches)
+            ]
+            return jax.tree.map(lambda *values: float(np.mean(values)), *jax.device_get(scores))
+
+        def ready(batch: dict[str, Any]) -> Tree:
+            tokens, mask = tokenizer(batch["caption"])
+            arrays: dict[str, Any] = {name: batch[name] for name in ("video", "latent") if name in batch}
+            return state_lib.to_mesh({**arrays, "tokens": tokens, "mask": mask}, mesh)
+
+        def described(params: Tree) -> tuple[Tree, dict[str, Any]]:
+            return {**state_lib.gathered(params, mesh), **coder_params}, {
+                "kind": "dit",
+                "autoencoder": coder_description["autoencoder"],
+                "config": settings,
+            }
+
+        # Loop.
+        batches.step = first_step
+        only_batch = next(batches) if config.overfit else None
+        with Telemetry(workdir, num_steps=config.total_steps, first_step=first_step) as telemetry:
+            telemetry.say(state_lib.write_report(batches.report, workdir))
+            num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+            telemetry.say(f"{num_params:,} parameters, a vocabulary of {len(config.text.words)} words")
+            for step in range(first_step, config.total_steps):
+                with telemetry.timed("data"):
+                    batch = ready(only_batch or next(batches))
+                with telemetry.timed("compile" if step == first_step else "step"):
+                    state, metrics = train_step(state, batch, frozen)
+                done = step + 1
+                if is_due(done, config.log_every, config.total_steps):
+                    record = telemetry.record(done, metrics)
+                    state_lib.check_skipped(record["num_skipped"], config.max_skipped)
+                if is_due(done, config.eval_every, config.total_steps):
+                    with telemetry.timed("evaluate"):
+                        scores = evaluate(state.ema)
+                        prompts = list(config.sample.previews)
+                        samples = Pipeline.of(*described(state.ema)).generate(prompts, batch_size=len(prompts))
+                    telemetry.record(done, scores, prefix="eval/")
+                    telemetry.preview(done, "samples", samples.videos, captions=prompts)
+                if is_due(done, config.checkpoint_every, config.total_steps):
+                    with telemetry.timed("save"):
+                        checkpoints.save(done, state, position={**batches.position, "step": done}, config=settings)
+
+            # Finish.
+            telemetry.say(state_lib.write_report(batches.report, workdir))
+            model = described(state.ema)
+            if jax.process_index() == 0:
+                checkpoint.save_model(workdir / "model", *model)
+            telemetry.say(f"the model is in {workdir / 'model'}")
+
+
+def load_autoencoder(path: epath.PathLike) -> tuple[Tree, dict[str, Any]]:
+    """({"autoencoder", "statistics"}, description) of the run or exported model in a folder."""
+    params, description = checkpoint.load_model(pipeline.model_folder(path))
+    return {name: params[name] for name in ("autoencoder", "statistics")}, description
+
+
+def latent_reader(coder: autoencoder3d.Autoencoder, *, ready: bool) -> Callable[[Tree, Tree], jax.Array]:
+    """(autoencoder's params, batch) -> the normalised latent, from the batch's videos or its raw latents."""
+
+    def read(params: Tree, batch: Tree) -> jax.Array:
+        if ready:
+            latent = batch["latent"]
+        else:
+            video = batch["video"].astype(jnp.float32) / 127.5 - 1
+            latent = coder.apply({"params": params["autoencoder"]}, video, method="encode")[0]
+        return autoencoder3d.normalise(latent, params["statistics"])
+
+    return read
+
+
+def words_of(config: ConfigDict, checkpoints: checkpoint.Checkpoints, batches: Loader) -> tuple[str, ...]:
+    """The vocabulary: of the checkpoint, of the config, or of the training captions, in this order."""
+    if checkpoints.latest is not None:
+        return tuple(checkpoints.config()["text"]["words"])
+    return tuple(config.text.words) or collect_words(itertools.islice(batches.captions(), MAX_CAPTIONS))

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From prompts to videos, on a tiny model with random weights: determinism, guidance, streaming, refusals."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from stvdm import checkpoint
+from stvdm.models import autoencoder3d
+from stvdm.sampling import pipeline
+from stvdm.sampling.pipeline import Pipeline
+
+RED = "a red ball moves"
+BLUE = "a blue square grows"
+
+
+def test_a_seed_gives_the_same_bytes_whatever_is_asked_for_beside_it(tiny_model):
+    loaded = Pipeline.load(tiny_model)
+    alone = loaded.generate([RED], seed=7)
+    among = loaded.generate([BLUE, RED], seed=6, num=2)
+    assert among.prompts == [BLUE, BLUE, RED, RED]
+    assert among.seeds == [6, 7, 6, 7]
+    assert alone.latents[0].tobytes() == among.latents[3].tobytes()
+    assert (alone.videos[0] == among.videos[3]).all()
+    assert among.latents[2].tobytes() != among.latents[3].tobytes()  # another seed
+    assert among.latents[1].tobytes() != among.latents[3].tobytes()  # another prompt
+
+
+def test_batches_give_what_single_videos_give(tiny_model):
+    loaded = Pipeline.load(tiny_model)
+    prompts = [RED, BLUE, RED]
+    single = loaded.generate(prompts, seeds=[1, 2, 3])
+    batched = loaded.generate(prompts, seeds=[1, 2, 3], batch_size=2)  # the last batch is filled up
+    np.testing.assert_allclose(single.latents, batched.latents, atol=1e-4)
+    assert batched.videos.shape == single.videos.shape == (3, 5, 16, 16, 3)
+    assert batched.videos.dtype == np.uint8
+
+
+@pytest.mark.parametrize("sampler", list(pipeline.SAMPLERS))
+def test_each_sampler_reaches_the_same_end_with_many_steps(sampler, tiny_model):
+    loaded = Pipeline.load(tiny_model)
+    fine = loaded.generate([RED], steps=64, sampler="heun", guidance=1).latents
+    other = loaded.generate([RED], steps=64, sampler=sampler, guidance=1).latents
+    coarse = loaded.generate([RED], steps=2, sampler="euler", guidance=1).latents
+    assert np.abs(other - fine).max() < 0.1 * np.abs(coarse - fine).max()
+
+
+def test_guidance_moves_along_the_difference_to_the_empty_prompt(tiny_model):
+    loaded = Pipeline.load(tiny_model)
+    one_step = dict(steps=1, sampler="euler")
+    with_prompt = loaded.generate([RED], guidance=1, **one_step).latents
+    guided = loaded.generate([RED], guidance=3, **one_step).latents
+    more = loaded.generate([RED], guidance=5, **one_step).latents
+    assert np.abs(guided - with_prompt).max() > 1e-3
+    # In one Euler step the result is linear in the scale.
+    np.testing.assert_allclose(more - guided, guided - with_prompt, atol=1e-4)
+
+
+def test_decoding_streams_and_equals_whole_decoding(tiny_model):
+    loaded = Pipeline.load(tiny_model)
+    result = loaded.generate([RED], seed=1)
+    latent = autoencoder3d.denormalise(jnp.asarray(result.latents), loaded.params["statistics"])
+    whole = loaded.autoencoder.apply({"params": loaded.params["autoencoder"]}, latent, method="decode")
+    difference = np.abs(pipeline.to_uint8(whole).astype(int) - result.videos)
+    assert difference.max() <= 1  # a rounding at most
+
+
+def test_encoding_is_normalised_and_decoding_undoes_it(tiny_model):
+    loaded = Pipeline.load(tiny_model)
+    video = np.random.default_rng(0).integers(0, 256, (2, 5, 16, 16, 3), np.uint8)
+    mean, _ = loaded.autoencoder.apply({"params": loaded.params["autoencoder"]}, video / 127.5 - 1, method="encode")
+    expected = (mean - loaded.params["statistics"]["mean_z"]) / loaded.params["statistics"]["std_z"]
+    np.testing.assert_allclose(loaded.encode(video), expected, atol=1e-4)
+
+
+def test_progress_counts_all_steps_of_all_videos(tiny_model):
+    loaded = Pipeline.load(tiny_model)
+    seen = []
+    loaded.generate([RED, BLUE], steps=3, progress=lambda done, total: seen.append((done, total)))
+    jax.effects_barrier()
+    assert {total for _, total in seen} == {6}
+    assert sorted(done for done, _ in seen) == [1, 2, 3, 4, 5, 6]
+
+
+def test_other_sizes_are_made_with_a_warning_and_impossible_ones_refused(tiny_model):
+    loaded = Pipeline.load(tiny_model)
+    with pytest.warns(UserWarning, match="was trained on"):
+        result = loaded.generate([RED], num_frames=9, height=16, width=32)
+    assert result.videos.shape == (1, 9, 16, 32, 3)
+    for arguments, message in (
+        (dict(num_frames=6), r"num_frames=6: .* use 2k\+1, e\.g\. 5 or 7"),
+        (dict(height=18), "height=18"),
+        (dict(steps=0), "steps=0"),
+        (dict(sampler="ddim"), "sampler='ddim': expected one of euler"),
+        (dict(num=0), "num=0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            loaded.generate([RED], **arguments)
+
+
+def test_words_it_never_saw_are_refused_with_those_it_knows(tiny_model):
+    loaded = Pipeline.load(tiny_model)
+    with pytest.raises(ValueError, match=r"never saw the words 'purple', 'giraffe'; it knows 7: a, ball, blue"):
+        loaded.generate(["a purple giraffe moves"])
+    for prompts in ([], [""], ["  "]):
+        with pytest.raises(ValueError, match="expected at least one|none given"):
+            loaded.generate(prompts)
+    with pytest.raises(ValueError, match="and the model reads 12; shorten it"):
+        loaded.generate([" ".join(["ball"] * 12)])
+
+
+def test_an_autoencoder_alone_is_refused(tiny_model, tmp_path):
+    params, description = checkpoint.load_model(tiny_model)
+    checkpoint.save_model(tmp_path, {"autoencoder": params["autoencoder"]}, {**description, "kind": "autoencoder"})
+    with pytest.raises(ValueError, match="kind 'autoencoder', which makes no videos by itself"):
+        Pipeline.load(tmp_path)
+
+
+def test_a_longer_clip_leans_to_noise_when_the_shift_follows_tokens():
+    settings = dict(steps=10, shift=0.0)
+    same = pipeline.sampling_times(settings, (5, 4, 4), (5, 4, 4))
+    longer = pipeline.sampling_times(settings, (20, 4, 4), (5, 4, 4))
+    np.testing.assert_allclose(same, np.linspace(1, 0, 11), atol=1e-6)
+    assert (longer[1:-1] > same[1:-1]).all()
+
+
+def test_the_settings_say_all_that_is_needed_to_make_it_again(tiny_model):
+    loaded = Pipeline.load(tiny_model)
+    first = loaded.generate([RED], seed=5, steps=3, guidance=2.0, sampler="dpm++")
+    wanted = {name: first.settings[name] for name in ("steps", "guidance", "sampler", "num_frames", "height", "width")}
+    again = loaded.generate(first.prompts, seed=first.seeds[0], **wanted)
+    assert again.latents.tobytes() == first.latents.tobytes()
+    assert first.settings["model_sha256"] == loaded.digest
+    assert dataclasses.asdict(first)["seeds"] == [5]

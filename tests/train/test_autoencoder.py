@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The autoencoder's trainer: resumed = uninterrupted, sharded = single, it learns, and real coded files feed it."""
+
+import importlib.util
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from stvdm import checkpoint, sharding
+from stvdm.train import autoencoder
+from stvdm.train.telemetry import read_metrics
+
+
+def _losses(workdir):
+    return [record["loss"] for record in read_metrics(workdir) if "loss" in record]
+
+
+def _digest(workdir):
+    return json.loads((workdir / "model" / checkpoint.DESCRIPTION).read_text())["sha256"]
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(autoencoder_config, tmp_path, one_device):
+    autoencoder.main(autoencoder_config(total_steps=4), tmp_path / "whole")
+    autoencoder.main(autoencoder_config(total_steps=2), tmp_path / "parts")
+    assert _digest(tmp_path / "parts") != _digest(tmp_path / "whole")
+    autoencoder.main(autoencoder_config(total_steps=4), tmp_path / "parts")
+    assert _losses(tmp_path / "parts") == _losses(tmp_path / "whole")
+    assert _digest(tmp_path / "parts") == _digest(tmp_path / "whole")
+
+
+def test_sharded_equals_single_device(autoencoder_config, tmp_path):
+    autoencoder.main(autoencoder_config(total_steps=3), tmp_path / "eight")
+    with pytest.MonkeyPatch.context() as patch:
+        whole = sharding.make_mesh
+        patch.setattr(sharding, "make_mesh", lambda **axes: whole(**axes, devices=jax.devices()[:1]))
+        autoencoder.main(autoencoder_config(total_steps=3), tmp_path / "one")
+    np.testing.assert_allclose(_losses(tmp_path / "eight"), _losses(tmp_path / "one"), rtol=2e-5)
+
+
+def test_it_overfits_one_batch_and_reports_on_held_out_clips(autoencoder_config, tmp_path, one_device):
+    config = autoencoder_config(total_steps=40, overfit=True, eval_every=40, eval_batches=1, optimizer__name="muon")
+    config.optimizer.learning_rate = 2e-2
+    autoencoder.main(config, tmp_path)
+    assert np.mean(_losses(tmp_path)[-5:]) < 0.6 * _losses(tmp_path)[0]
+    report = [record for record in read_metrics(tmp_path) if "eval/psnr" in record][-1]
+    assert {"eval/psnr", "eval/ssim", "eval/excess_flicker"} <= report.keys()
+    assert (tmp_path / "previews" / "reconstruction-00000040.png").exists()
+    params, description = checkpoint.load_model(tmp_path / "model")
+    assert description["kind"] == "autoencoder"
+    assert params["statistics"]["std_z"].shape == (4,)
+    assert (params["statistics"]["std_z"] > 0).all()
+
+
+def test_real_coded_files_feed_it_and_bad_ones_are_named(autoencoder_config, tmp_path, one_device):
+    """h264, hevc, vp9, av1, mjpeg ...; odd sizes, rotated, variable rate; truncated, empty, not a video at all."""
+    path = pathlib.Path(__file__).parent.parent / "data" / "coded_files.py"
+    specification = importlib.util.spec_from_file_location("coded_files", path)
+    coded_files = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(coded_files)
+    coded_files.make_folder(tmp_path / "clips")
+    config = autoencoder_config(total_steps=20, data__source="folder", data__path=str(tmp_path / "clips"))
+    autoencoder.main(config, tmp_path / "run")
+    report = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert np.isfinite(_losses(tmp_path / "run")).all()
+    assert len(_losses(tmp_path / "run")) == 20
+    assert report["num_used"] >= 12
+    for name, reason in (("truncated.mp4", "truncated"), ("empty.mp4", "empty file"), ("text.mp4", "not a video")):
+        assert reason in report["skipped"][name]
+
+
+@pytest.mark.slow
+def test_critics_join_by_config_and_the_discriminator_learns_too(autoencoder_config, tmp_path, one_device):
+    config = autoencoder_config(total_steps=3, loss__perceptual=0.1, loss__adversarial=0.1, loss__adversarial_start=1)
+    autoencoder.main(config, tmp_path)
+    records = [record for record in read_metrics(tmp_path) if "loss" in record]
+    assert all(np.isfinite([record[name] for name in ("perceptual", "discriminator")]).all() for record in records)
+    assert records[0]["discriminator"] != records[-1]["discriminator"]
+    params, _ = checkpoint.load_model(tmp_path / "model")
+    assert params.keys() == {"autoencoder", "statistics"}  # critics are not part of the model

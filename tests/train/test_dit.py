@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The transformer's trainer: resumed = uninterrupted, sharded = single, it can overfit, what it leaves samples."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from stvdm import checkpoint
+from stvdm.sampling.pipeline import Pipeline
+from stvdm.train import dit
+from stvdm.train.telemetry import read_metrics
+
+
+def _losses(workdir):
+    return [record["loss"] for record in read_metrics(workdir) if "loss" in record]
+
+
+def _digest(workdir):
+    return json.loads((workdir / "model" / checkpoint.DESCRIPTION).read_text())["sha256"]
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(dit_config, tmp_path, one_device):
+    dit.main(dit_config(total_steps=4), tmp_path / "whole")
+    dit.main(dit_config(total_steps=2), tmp_path / "parts")
+    assert _digest(tmp_path / "parts") != _digest(tmp_path / "whole")
+    dit.main(dit_config(total_steps=4), tmp_path / "parts")  # reads the checkpoint of step 2, and batch 3 comes next
+    assert _losses(tmp_path / "parts") == _losses(tmp_path / "whole")
+    assert _digest(tmp_path / "parts") == _digest(tmp_path / "whole")
+
+
+def test_a_run_refuses_to_go_on_with_other_data(dit_config, tmp_path):
+    dit.main(dit_config(total_steps=1), tmp_path)
+    with pytest.raises(ValueError, match="the data is not what step 1 was trained on"):
+        dit.main(dit_config(total_steps=2, data__num_clips=65), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [dict(), dict(fsdp=4, tensor=2), dict(data=2, fsdp=2, context=2)],
+    ids=["data=8", "fsdp=4 tensor=2", "data=2 fsdp=2 context=2"],
+)
+def test_sharded_equals_single_device(mesh, dit_config, tmp_path, single_device_losses):
+    settings = {f"mesh__{axis}": size for axis, size in mesh.items()}
+    dit.main(dit_config(total_steps=3, **settings), tmp_path)
+    np.testing.assert_allclose(_losses(tmp_path), single_device_losses, rtol=2e-5)
+
+
+@pytest.fixture
+def single_device_losses(dit_config, tmp_path_factory):
+    from stvdm import sharding
+
+    workdir = tmp_path_factory.mktemp("single")
+    with pytest.MonkeyPatch.context() as patch:
+        whole = sharding.make_mesh
+        patch.setattr(sharding, "make_mesh", lambda **axes: whole(devices=jax.devices()[:1]))
+        dit.main(dit_config(total_steps=3), workdir)
+    return _losses(workdir)
+
+
+def test_it_overfits_one_batch_of_clips_and_exports_a_model_that_samples(dit_config, tmp_path, one_device):
+    config = dit_config(total_steps=60, overfit=True, eval_every=60, eval_batches=1, optimizer__name="muon")
+    config.optimizer.learning_rate = 2e-2
+    dit.main(config, tmp_path)
+    losses = _losses(tmp_path)
+    assert np.mean(losses[-5:]) < 0.75 * np.mean(losses[:5])
+    held_out = [record for record in read_metrics(tmp_path) if "eval/velocity_mse" in record]
+    assert held_out[-1]["step"] == 60
+    assert (tmp_path / "previews" / "samples-00000060.png").exists()
+    result = Pipeline.load(tmp_path).generate(["a blue square grows"], seed=3)
+    assert result.videos.shape == (1, 5, 16, 16, 3)
+
+
+def test_clips_images_and_sizes_train_together_in_buckets(dit_config, tmp_path, one_device):
+    buckets = ((5, 16, 16, 8, 1.0), (1, 16, 16, 8, 1.0), (9, 16, 32, 8, 1.0))
+    dit.main(dit_config(total_steps=6, data__buckets=buckets), tmp_path)
+    assert len(_losses(tmp_path)) == 6
+    assert np.isfinite(_losses(tmp_path)).all()
+
+
+def test_accumulation_takes_the_same_kind_of_step(dit_config, tmp_path, one_device):
+    dit.main(dit_config(total_steps=2, optimizer__accumulate=4), tmp_path)
+    assert np.isfinite(_losses(tmp_path)).all()

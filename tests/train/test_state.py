@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The update, the optimisers and the streams of randomness that both trainers stand on."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from stvdm import config as base
+from stvdm import sharding
+from stvdm.train import state as state_lib
+
+
+class Net(nn.Module):
+    """A stacked kernel, a plain one, a convolution's and a bias, partitioned over two axes."""
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = nn.initializers.normal(0.1)
+        stack = self.param("layers", lambda key: {"kernel": self._stack(key)})
+        x = x @ nn.unbox(stack)["kernel"][0] + x @ nn.unbox(stack)["kernel"][1]
+        x = x @ self.param("kernel", sharding.partitioned(kernel, "width", "mlp"), (8, 4))
+        return x + self.param("bias", sharding.partitioned(nn.initializers.zeros, "mlp"), (4,))
+
+    def _stack(self, key):
+        make = sharding.partitioned(nn.initializers.normal(0.1), "layers", "width", None)
+        return make(key, (2, 8, 8))
+
+
+def _settings(name="adamw", **changes):
+    config = base.dit().optimizer
+    with config.unlocked():
+        config.name, config.learning_rate, config.warmup_steps = name, 1e-2, 2
+        config.update(changes)
+    return config
+
+
+def _start(name="adamw", mesh=None, **changes):
+    optimizer, rate = state_lib.make_optimizer(_settings(name, **changes), total_steps=10)
+    init = lambda: Net().init(jax.random.key(0), jnp.ones((1, 8)))["params"]  # noqa: E731
+    state, shardings = state_lib.initialise(init, optimizer, mesh or sharding.make_mesh())
+    return state, shardings, optimizer, rate
+
+
+def _grads(params, x):
+    return jax.grad(lambda p: jnp.mean(Net().apply({"params": p}, x) ** 2))(params)
+
+
+X = np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_moments_are_split_like_their_weights(name):
+    state, shardings, *_ = _start(name, mesh=sharding.make_mesh(fsdp=4, tensor=2))
+    assert state.params["kernel"].sharding.spec == sharding.spec("width", "mlp")
+    moments = [
+        leaf
+        for leaf in jax.tree.leaves(state.opt_state)
+        if leaf.shape == (8, 4) and leaf.sharding.spec == sharding.spec("width", "mlp")
+    ]
+    assert moments, "no moment of the kernel is split like the kernel"
+    assert not any(
+        leaf.shape == (8, 4) and leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.opt_state)
+    )
+    assert jax.tree.structure(shardings) == jax.tree.structure(state)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_sharded_steps_equal_single_device_steps(name):
+    def run(mesh):
+        state, shardings, optimizer, _ = _start(name, mesh=mesh)
+        step = jax.jit(
+            lambda s, x: state_lib.update(s, _grads(s.params, x), optimizer=optimizer, ema_decay=0.9)[0],
+            out_shardings=shardings,
+        )
+        for _ in range(3):
+            state = step(state, X)
+        return jax.device_get(state)
+
+    one = run(sharding.make_mesh(devices=jax.devices()[:1]))
+    many = run(sharding.make_mesh(fsdp=4, tensor=2))
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+
+
+def test_muon_orthogonalises_each_stacked_layer_and_leaves_vectors_to_adam():
+    matrices = state_lib._matrices(
+        {"layers": {"kernel": jnp.ones((3, 4, 5))}, "kernel": jnp.ones((3, 3, 4, 5)), "bias": jnp.ones(5)}
+    )
+    assert (matrices["layers"]["kernel"].reduction_axis, matrices["layers"]["kernel"].output_axis) == ((1,), 2)
+    assert (matrices["kernel"].reduction_axis, matrices["kernel"].output_axis) == ((0, 1, 2), 3)
+    assert matrices["bias"] is None
+    state, _, optimizer, _ = _start("muon", clip_norm=1e9)
+    grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(1), p.shape), state.params)
+    updates, _ = optimizer.update(grads, state.opt_state, state.params)
+    for layer in updates["layers"]["kernel"]:
+        singular = np.linalg.svd(layer, compute_uv=False)
+        assert singular.max() / singular.min() < 3  # a random 8 x 8 matrix spreads tens to hundreds fold
+
+
+def test_non_finite_gradients_change_nothing_and_are_counted():
+    state, _, optimizer, _ = _start()
+    good = _grads(state.params, X)
+    state, _ = state_lib.update(state, good, optimizer=optimizer, ema_decay=0.9)
+    bad = jax.tree.map(lambda g: g.at[(0,) * g.ndim].set(jnp.nan), good)
+    after, metrics = state_lib.update(state, bad, optimizer=optimizer, ema_decay=0.9)
+    assert int(after.num_skipped) == int(metrics["num_skipped"]) == 1
+    assert int(after.step) == int(state.step) + 1
+    for name in ("params", "ema", "opt_state"):
+        for a, b in zip(jax.tree.leaves(getattr(after, name)), jax.tree.leaves(getattr(state, name)), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_the_average_follows_the_recursion():
+    state, _, optimizer, _ = _start()
+    expected = jax.tree.map(np.asarray, state.ema)
+    for n in range(30):
+        state, _ = state_lib.update(state, _grads(state.params, X), optimizer=optimizer, ema_decay=0.7)
+        decay = min(0.7, (1 + n) / (10 + n))
+        expected = jax.tree.map(lambda e, p, d=decay: d * e + (1 - d) * np.asarray(p), expected, state.params)
+    for a, b in zip(jax.tree.leaves(state.ema), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    def loss(params, batch, key):
+        del key
+        return jnp.mean(Net().apply({"params": params}, batch["x"]) ** 2), {"mean": jnp.mean(batch["x"])}
+
+    params = _start()[0].params
+    key = jax.random.key(3)
+    whole, metrics = state_lib.accumulated_grad(loss, 1)(params, {"x": X}, key)
+    parts, part_metrics = state_lib.accumulated_grad(loss, 4)(params, {"x": X}, key)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(metrics["mean"], part_metrics["mean"], rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], part_metrics["loss"], rtol=1e-5)
+
+
+def test_the_schedule_warms_up_and_ends_where_told():
+    rate = state_lib.make_optimizer(_settings(final_fraction=0.1), total_steps=10)[1]
+    assert 0 < float(rate(0)) < float(rate(1)) <= float(rate(2)) == pytest.approx(1e-2)
+    assert float(rate(10)) == pytest.approx(1e-3)
+
+
+def test_clipping_bounds_the_step():
+    state, _, optimizer, _ = _start(clip_norm=1e-3, b1=0.0, b2=0.0)
+    huge = jax.tree.map(lambda p: 1e6 * jnp.ones_like(p), state.params)
+    clipped, _ = optax.clip_by_global_norm(1e-3).update(huge, optax.EmptyState())
+    assert float(optax.tree.norm(clipped)) == pytest.approx(1e-3, rel=1e-4)
+    _, metrics = state_lib.update(state, huge, optimizer=optimizer, ema_decay=0.9)
+    assert float(metrics["grad_norm"]) > 1e6  # what is reported is the norm before clipping
+
+
+def test_streams_differ_by_seed_step_and_purpose_and_repeat():
+    draw = lambda *args: float(jax.random.uniform(state_lib.stream(*args)))  # noqa: E731
+    base_draw = draw(0, 5, "noise")
+    assert draw(0, 5, "noise") == base_draw
+    assert len({base_draw, draw(1, 5, "noise"), draw(0, 6, "noise"), draw(0, 5, "times")}) == 4

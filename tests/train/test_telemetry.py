@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a trainer writes can be read again, by people and by strict JSON readers, after any kind of end."""
+
+import io
+import json
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from stvdm.train import telemetry as telemetry_module
+from stvdm.train.telemetry import Telemetry, read_metrics
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that moves only when told."""
+
+    class Clock:
+        now = 100.0
+
+        def monotonic(self):
+            return self.now
+
+        def time(self):
+            return 1e9 + self.now
+
+    clock = Clock()
+    monkeypatch.setattr(telemetry_module, "time", clock)
+    return clock
+
+
+def strict_lines(path):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+def test_a_record_is_one_strict_json_line(tmp_path):
+    with Telemetry(tmp_path, num_steps=10, stream=None) as telemetry:
+        telemetry.record(1, {"loss": jnp.float32(0.5), "skipped": 3})
+        telemetry.record(2, {"loss": jnp.nan, "grad_norm": -jnp.inf})
+    first, second = strict_lines(tmp_path / "metrics.jsonl")
+    assert (first["step"], first["loss"], first["skipped"]) == (1, 0.5, 3)
+    assert second["loss"] is None and second["grad_norm"] is None
+
+
+def test_metrics_survive_a_restart(tmp_path):
+    for first, last in ((0, 3), (2, 5)):  # the first process died after step 3, its last checkpoint was of step 2
+        with Telemetry(tmp_path, num_steps=5, first_step=first, stream=None) as telemetry:
+            for step in range(first + 1, last + 1):
+                telemetry.record(step, {"loss": 10 * first + step})
+    assert len(strict_lines(tmp_path / "metrics.jsonl")) == 6
+    assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path)] == [(1, 1), (2, 2), (3, 23), (4, 24), (5, 25)]
+
+
+def test_training_and_evaluation_of_one_step_are_both_kept(tmp_path):
+    with Telemetry(tmp_path, num_steps=5, stream=None) as telemetry:
+        telemetry.record(1, {"loss": 1.0})
+        telemetry.record(1, {"psnr": 30.0}, prefix="eval/")
+    assert [sorted(r.keys() & {"loss", "eval/psnr"}) for r in read_metrics(tmp_path)] == [["loss"], ["eval/psnr"]]
+
+
+def test_a_torn_line_costs_only_itself(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
+    with Telemetry(tmp_path, num_steps=5, first_step=1, stream=None) as telemetry:
+        telemetry.record(2, {"loss": 2.0})
+    with pytest.warns(UserWarning, match=r"metrics.jsonl:2 is not a whole record"):
+        assert [r["loss"] for r in read_metrics(tmp_path)] == [1.0, 2.0]
+
+
+def test_time_is_split_and_compiling_is_not_part_of_the_rate(tmp_path, clock):
+    stream = io.StringIO()
+    telemetry = Telemetry(tmp_path, num_steps=110, first_step=0, stream=stream)
+    with telemetry.timed("compile"):
+        clock.now += 40
+    with telemetry.timed("data"):
+        clock.now += 1
+    with telemetry.timed("step"):
+        clock.now += 4
+        with telemetry.timed("save"):
+            clock.now += 5
+    record = telemetry.record(10, {"loss": 0.25})
+    assert {what: record[f"seconds/{what}"] for what in ("compile", "data", "step", "save")} == {
+        "compile": 40,
+        "data": 1,
+        "step": 4,  # without the saving inside it
+        "save": 5,
+    }
+    assert record["steps_per_second"] == pytest.approx(10 / 10)
+    line = stream.getvalue()
+    assert line.startswith("step  10/110  loss 0.25  1 steps/s  ETA 1:40  [")
+    assert "compile 80%" in line and "data 2%" in line
+
+    clock.now += 2  # the next interval starts from nothing
+    record = telemetry.record(12, {"loss": 0.25})
+    assert record["steps_per_second"] == pytest.approx(1.0) and "seconds/compile" not in record
+    telemetry.close()
+    telemetry.close()
+
+
+def test_the_wait_for_device_arrays_is_charged_to_the_step(tmp_path, clock):
+    class Slow:
+        def __array__(self, dtype=None, copy=None):
+            clock.now += 3
+            return np.float32(1)
+
+    with Telemetry(tmp_path, num_steps=5, stream=None) as telemetry:
+        assert telemetry.record(1, {"loss": Slow()})["seconds/step"] >= 3
+
+
+def test_a_metric_must_be_a_scalar(tmp_path):
+    with (
+        Telemetry(tmp_path, num_steps=5, stream=None) as telemetry,
+        pytest.raises(ValueError, match=r"metric 'loss' has shape \(4,\): expected a scalar, so reduce it"),
+    ):
+        telemetry.record(1, {"loss": jnp.zeros(4)})
+
+
+def test_non_finite_is_said_in_words(tmp_path):
+    stream = io.StringIO()
+    with Telemetry(tmp_path, num_steps=5, stream=stream) as telemetry:
+        telemetry.record(1, {"loss": math.nan})
+        telemetry.say("resumed at step 1")
+    assert "loss not finite" in stream.getvalue() and "resumed at step 1\n" in stream.getvalue()
+
+
+@pytest.mark.parametrize("as_float", [False, True])
+def test_preview_shows_every_clip_from_its_first_to_its_last_frame(tmp_path, as_float):
+    video = np.zeros((2, 17, 4, 6, 3), np.uint8)
+    video[0, 0], video[0, -1], video[1, -1] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    shown = video.astype(np.float32) / 127.5 - 1 if as_float else video
+    with Telemetry(tmp_path, num_steps=5, stream=None) as telemetry:
+        telemetry.preview(3, "samples", shown)
+        telemetry.preview(4, "samples", shown, captions=["a", "b"])
+    picture = np.asarray(Image.open(tmp_path / "previews" / "samples-00000003.png"))
+
+    def place(colour):
+        rows, columns = np.nonzero((picture == colour).all(-1))
+        return rows.mean(), columns.mean()
+
+    first, last, below = place((255, 0, 0)), place((0, 255, 0)), place((0, 0, 255))
+    assert first[0] == last[0] < below[0]
+    assert first[1] < last[1] == below[1]
+    assert (tmp_path / "previews" / "samples-00000004.png").read_bytes() != (
+        tmp_path / "previews" / "samples-00000003.png"
+    ).read_bytes()
+
+
+def test_a_single_clip_without_batch_axis_is_refused(tmp_path):
+    with (
+        Telemetry(tmp_path, num_steps=5, stream=None) as telemetry,
+        pytest.raises(ValueError, match=r"add the batch axis with video\[None\]"),
+    ):
+        telemetry.preview(1, "samples", np.zeros((17, 4, 4, 3), np.uint8))
+
+
+def test_tensorboard_holds_the_scalars(tmp_path):
+    with Telemetry(tmp_path, num_steps=5, stream=None) as telemetry:
+        telemetry.record(1, {"a_name_to_find": 1.0})
+    events = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
+    assert b"a_name_to_find" in events
+
+
+def test_staging_ends_up_in_the_workdir_and_continues_it(tmp_path, clock):
+    """What an object store gets: whole files, no appending."""
+    workdir = tmp_path / "bucket"
+    for run, (first, last) in enumerate(((0, 2), (2, 4))):
+        with Telemetry(
+            workdir, num_steps=4, first_step=first, stream=None, staging=tmp_path / f"local{run}", copy_seconds=60
+        ) as telemetry:
+            for step in range(first + 1, last + 1):
+                telemetry.record(step, {"loss": step})
+            telemetry.preview(last, "samples", np.zeros((1, 2, 4, 4, 3), np.uint8))
+            assert not (workdir / "previews" / f"samples-{last:08d}.png").exists()
+            clock.now += 61
+            telemetry.record(last, {"psnr": 1.0}, prefix="eval/")
+            assert (workdir / "previews" / f"samples-{last:08d}.png").exists()
+    assert [r["loss"] for r in read_metrics(workdir) if "loss" in r] == [1, 2, 3, 4]
+    assert list((workdir / "tensorboard").iterdir())
+
+
+def test_a_failed_copy_warns_and_training_goes_on(tmp_path, monkeypatch):
+    telemetry = Telemetry(tmp_path / "bucket", num_steps=4, stream=None, staging=tmp_path / "local", copy_seconds=0)
+    monkeypatch.setattr(
+        type(telemetry.workdir), "write_bytes", lambda *_, **__: (_ for _ in ()).throw(OSError("no route"))
+    )
+    with pytest.warns(UserWarning, match=r"could not be copied to .*bucket and stay in .*local: no route"):
+        telemetry.record(1, {"loss": 1.0})
+    monkeypatch.undo()
+    telemetry.close()
+    assert len(read_metrics(tmp_path / "bucket")) == 1
+
+
+def test_only_process_zero_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(telemetry_module.jax, "process_index", lambda: 1)
+    stream = io.StringIO()
+    with Telemetry(tmp_path / "run", num_steps=4, stream=stream) as telemetry:
+        assert telemetry.record(1, {"loss": 1.0})["loss"] == 1.0
+        telemetry.preview(1, "samples", np.zeros((1, 2, 4, 4, 3), np.uint8))
+    assert not (tmp_path / "run").exists() and stream.getvalue() == ""
