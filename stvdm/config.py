@@ -170,6 +170,7 @@ def _autoencoder_model() -> ConfigDict:
         grouping="causal",  # time: 'causal' 1+(F-1)/t, 'uniform' F/t, or 'frame': each frame alone, as images
         shortcuts=False,  # past each stage that changes size: averages down, copies up
         middle_attention=True,  # attention within each frame at the bottleneck
+        remat="nothing",  # what the backward pass computes again: nothing or stages
         dtype="float32",
     )
 

@@ -13,9 +13,12 @@ LADDER = """
     sharding
     config
     checkpoint
+    models.linear
     models.attention
     models.embeddings
     models.dit
+    models.causal_conv
+    models.tiling
     models.autoencoder3d
     models.text_encoders
     models.critics

@@ -21,6 +21,7 @@ from collections.abc import Iterable, Sequence
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from stvdm.models.attention import cross_attention
@@ -108,7 +109,7 @@ class TextEncoder(nn.Module):
         normal = nn.initializers.normal(0.02)
         words_VE = self.param("words", partitioned(normal, "vocab", "width"), (self.vocabulary_size, E))
         places_SE = self.param("places", partitioned(normal, None, "width"), (self.max_tokens, E))
-        text_BSE = words_VE[tokens_BS] + places_SE[:num_tokens]
+        text_BSE = jnp.asarray(words_VE)[tokens_BS] + places_SE[:num_tokens]
         for layer in range(self.num_layers):
             text_BSE = TextBlock(self.num_heads, name=f"block_{layer}")(text_BSE, mask_BS)
         return _norm("norm")(text_BSE) * mask_BS[..., None]

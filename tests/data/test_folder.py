@@ -68,7 +68,7 @@ def test_csv_and_folders_below(folder, tmp_path):
 def test_errors_say_what_to_change(tmp_path):
     with pytest.raises(ValueError, match="expected a folder of videos"):
         FolderSource(tmp_path / "nowhere", fps=8)
-    with pytest.raises(ValueError, match=r"no usable video.*\n0 of 0 files"):
+    with pytest.raises(ValueError, match=r"no usable video.*\n0 of 0 clips"):
         FolderSource(tmp_path, fps=8)
     (tmp_path / "a.mp4").write_bytes(b"")
     (tmp_path / "a.txt").write_text("a caption")
