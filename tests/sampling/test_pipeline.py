@@ -135,3 +135,16 @@ def test_the_settings_say_all_that_is_needed_to_make_it_again(tiny_model):
     assert again.latents.tobytes() == first.latents.tobytes()
     assert first.settings["model_sha256"] == loaded.digest
     assert dataclasses.asdict(first)["seeds"] == [5]
+
+
+def test_the_bundled_model_draws_the_colour_it_is_asked_for():
+    """The model that comes with the package is whole, small, and listens; how well is in its model card."""
+    from stvdm.evaluation.tracking import track
+
+    weights = pipeline.bundled() / checkpoint.WEIGHTS
+    assert weights.stat().length < 25e6
+    loaded = Pipeline.load()
+    colours = ("red", "green", "blue", "yellow")
+    result = loaded.generate([f"a {colour} ball moves to the right" for colour in colours], batch_size=4)
+    found = [{thing.colour for thing in track(video)} for video in result.videos]
+    assert sum(colour in seen for colour, seen in zip(colours, found, strict=True)) >= 3
