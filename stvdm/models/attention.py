@@ -158,10 +158,10 @@ def _softmax_attention(q_BGnAd: jax.Array, seen: Sequence[Keys]) -> jax.Array:
     """
     # Heads before tokens, once and in the open: XLA's batched products on CPU are twice as fast that way.
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    q_BGAnd = q_BGnAd.swapaxes(2, 3)
+    q_BGAnd, scale = q_BGnAd.swapaxes(2, 3), q_BGnAd.shape[-1] ** -0.5
     logits = []
     for k_BGmAd, _, mask in seen:
-        x = dot("BGAnd,BGAmd->BGAnm", q_BGAnd, k_BGmAd.swapaxes(2, 3)) * q_BGnAd.shape[-1] ** -0.5
+        x = dot("BGAnd,BGAmd->BGAnm", q_BGAnd, k_BGmAd.swapaxes(2, 3))
         logits.append(x if mask is None else jnp.where(mask, x, -jnp.inf))
 
     # A row without any key has a maximum of -inf and a sum of 0: both are replaced, so that it gives 0 and not NaN.
@@ -169,7 +169,7 @@ def _softmax_attention(q_BGnAd: jax.Array, seen: Sequence[Keys]) -> jax.Array:
     largest = jax.lax.stop_gradient(jnp.where(jnp.isfinite(largest), largest, 0.0))
     total, out_BGAnd = jnp.float32(0), jnp.float32(0)
     for x, (_, v_BGmAd, _) in zip(logits, seen, strict=True):
-        weight = jnp.exp(x - largest)
+        weight = jnp.exp((x - largest) * scale)  # scaled here, in one pass with the exponential
         total += weight.sum(axis=-1, keepdims=True)
         out_BGAnd += dot("BGAnm,BGAmd->BGAnd", weight.astype(v_BGmAd.dtype), v_BGmAd.swapaxes(2, 3))
     out_BGAnd /= jnp.where(total > 0, total, 1.0)

@@ -139,7 +139,8 @@ class DiT(nn.Module):
           ValueError: if a field or a shape does not fit.
         """
         self._check(latent_Bthwz, time_BK)
-        grid = shapes.token_grid(latent_Bthwz.shape[1:4], self.patch)
+        _, t, h, w, _ = latent_Bthwz.shape
+        grid = shapes.token_grid((t, h, w), self.patch)
         if place_N3 is None:
             place_N3 = embeddings.grid_places(grid)
 

@@ -25,7 +25,7 @@ from stvdm import shapes
 from stvdm.models.linear import linear, zeros
 
 Size3 = tuple[int, int, int]
-Turns = tuple[jax.Array, jax.Array]  # (cos_Nr, sin_Nr): one angle for each token and each of r = d / 2 pairs
+Turns = tuple[jax.Array, jax.Array]  # (cos_Nd, sin_Nd), float32: both values of a pair hold its cosine, and -+ its sine
 
 TIME_SCALE = 1000.0  # noise levels in [0, 1] are spread over [0, 1000], where the sinusoids tell them apart
 
@@ -100,16 +100,16 @@ def split_axes(width: int) -> Size3:
 def rotary_turns(place_N3: jax.Array, head_width: int, *, theta: float = 1e4) -> Turns:
     """The turns for `rotate`: pair i of an axis that has n pairs turns by place * theta^(-i/n)."""
     angle_Nr = _angles(place_N3, head_width, theta)
-    return jnp.cos(angle_Nr), jnp.sin(angle_Nr)
+    sin_Nr = jnp.sin(angle_Nr)
+    cos_Nd = jnp.repeat(jnp.cos(angle_Nr), 2, axis=-1)
+    return cos_Nd, jnp.stack([-sin_Nr, sin_Nr], axis=-1).reshape(cos_Nd.shape)
 
 
 def rotate(x_BNAd: jax.Array, turns: Turns) -> jax.Array:
-    """Turns neighbouring pairs (x[2i], x[2i+1]) of each head by the token's angles, in float32."""
-    cos_Nr, sin_Nr = turns
-    cos_N1r, sin_N1r = cos_Nr[:, None], sin_Nr[:, None]
-    even, odd = x_BNAd[..., 0::2].astype(jnp.float32), x_BNAd[..., 1::2].astype(jnp.float32)
-    turned = jnp.stack([even * cos_N1r - odd * sin_N1r, even * sin_N1r + odd * cos_N1r], axis=-1)
-    return turned.reshape(x_BNAd.shape).astype(x_BNAd.dtype)
+    """Turns neighbouring pairs (a, b) of each head to (a cos - b sin, a sin + b cos), in float32."""
+    cos_N1d, sin_N1d = (x_Nd[:, None] for x_Nd in turns)
+    swapped_BNAd = x_BNAd.reshape(*x_BNAd.shape[:-1], -1, 2)[..., ::-1].reshape(x_BNAd.shape)
+    return (x_BNAd * cos_N1d + swapped_BNAd * sin_N1d).astype(x_BNAd.dtype)
 
 
 def sincos_places(place_N3: jax.Array, width: int, *, theta: float = 1e4) -> jax.Array:

@@ -58,7 +58,7 @@ def test_video_alone_equals_the_definition(pattern):
     q, k, v = draw(0, N)
     mask = np.broadcast_to(visible(pattern), (2, N, N))
     out = attention(q, k, v, grid=GRID, pattern=pattern, window=WINDOW)
-    np.testing.assert_allclose(out, reference(q, k, v, mask), atol=2e-6)
+    np.testing.assert_allclose(out, reference(q, k, v, mask), atol=5e-6)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -72,12 +72,12 @@ def test_joint_text_equals_one_softmax_over_both(pattern):
     mask = np.concatenate(
         [np.broadcast_to(visible(pattern), (2, N, N)), np.broadcast_to(real[:, None], (2, N, 5))], axis=2
     )
-    np.testing.assert_allclose(out, reference(q, all_k, all_v, mask), atol=2e-6)
+    np.testing.assert_allclose(out, reference(q, all_k, all_v, mask), atol=5e-6)
 
     text_out = text_attention(text_q, (text_k, text_v), (k, v), pattern=pattern, text_mask_BS=real)
     sees_video = np.full((2, 5, N), pattern in ("full", "window"))
     mask = np.concatenate([sees_video, np.broadcast_to(real[:, None], (2, 5, 5))], axis=2)
-    np.testing.assert_allclose(text_out, reference(text_q, all_k, all_v, mask), atol=2e-6)
+    np.testing.assert_allclose(text_out, reference(text_q, all_k, all_v, mask), atol=5e-6)
 
 
 def test_cross_attention_equals_the_reference_and_hides_padding():
@@ -85,7 +85,7 @@ def test_cross_attention_equals_the_reference_and_hides_padding():
     _, k, v = draw(1, 5)
     real = np.array([[1, 0, 0, 1, 0], [1, 1, 1, 1, 0]], bool)
     out = cross_attention(q, k, v, real)
-    np.testing.assert_allclose(out, reference(q, k, v, np.broadcast_to(real[:, None], (2, 7, 5))), atol=2e-6)
+    np.testing.assert_allclose(out, reference(q, k, v, np.broadcast_to(real[:, None], (2, 7, 5))), atol=5e-6)
     hidden = ~real[..., None, None]
     np.testing.assert_array_equal(out, cross_attention(q, k + 9 * hidden, v - 9 * hidden, real))
 
@@ -133,7 +133,7 @@ def test_full_attention_does_not_depend_on_the_order_of_keys():
     q, k, v = draw(0, N)
     order = np.random.default_rng(0).permutation(N)
     np.testing.assert_allclose(
-        attention(q, k, v, grid=GRID), attention(q, k[:, order], v[:, order], grid=GRID), atol=1e-6
+        attention(q, k, v, grid=GRID), attention(q, k[:, order], v[:, order], grid=GRID), atol=1e-5
     )
 
 
