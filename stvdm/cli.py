@@ -278,12 +278,12 @@ def _preprocess(args: argparse.Namespace) -> None:
     from stvdm.data import loader
     from stvdm.sampling import pipeline
 
-    params, description = checkpoint.load_model(folder / "model" if (folder / "model").is_dir() else folder)
+    params, description = checkpoint.load_model(pipeline.model_folder(folder))
     autoencoder = pipeline.autoencoder_of(description["autoencoder"])
 
     @jax.jit
     def encode(params: Any, video_BTHWC: Any) -> Any:
-        return autoencoder.apply({"params": params}, video_BTHWC / 127.5 - 1, method="encode")[0]
+        return autoencoder.apply({"params": params}, pipeline.to_model_range(video_BTHWC), method="encode")[0]
 
     data = config.data
     with _progress() as show:

@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import stvdm
 from stvdm.data import kinetic_scene, kinetic_shapes
 from stvdm.data.kinetic_shapes import Scene, World
 from stvdm.evaluation import metrics, physics
-from stvdm.sampling.pipeline import Pipeline
+from stvdm.sampling.pipeline import Pipeline, to_model_range
 
 HIGHER_IS_BETTER = (*physics.RIGHT_OR_WRONG, "all_right", "colour_constancy")
 
@@ -89,7 +88,7 @@ def main(
         "items": table(columns),
         "reconstruction": reconstruction(rebuilt, real),
         "flicker": {
-            name: float(metrics.flicker(_in_model_range(videos)).mean())
+            name: float(metrics.flicker(to_model_range(videos)).mean())
             for name, videos in (("generated", result.videos), ("reconstructed", rebuilt), ("real", real))
         },
     }
@@ -128,7 +127,7 @@ def table(columns: dict[str, dict[str, physics.Row]]) -> dict[str, Any]:
 
 def reconstruction(rebuilt: np.ndarray, real: np.ndarray) -> dict[str, float]:
     """PSNR, SSIM and excess flicker of the autoencoder on these clips, in values of [-1, 1]."""
-    x, y = _in_model_range(rebuilt), _in_model_range(real)
+    x, y = to_model_range(rebuilt), to_model_range(real)
     scores = {
         "psnr_db": metrics.psnr(x, y, data_range=2.0),
         "ssim": metrics.ssim(x, y, data_range=2.0),
@@ -155,10 +154,6 @@ def as_text(report: dict[str, Any]) -> str:
     )
     lines.append("mean |frame-to-frame change|: " + ", ".join(f"{k} {v:.4f}" for k, v in report["flicker"].items()))
     return "\n".join(lines)
-
-
-def _in_model_range(videos: np.ndarray) -> jax.Array:
-    return jnp.asarray(videos, jnp.float32) / 127.5 - 1
 
 
 def _filled(videos: np.ndarray, size: int) -> np.ndarray:

@@ -267,8 +267,7 @@ class Pipeline:
 
     def encode(self, video_BTHWC: np.ndarray | jax.Array) -> jax.Array:
         """The normalised latent of uint8 videos."""
-        video = jnp.asarray(video_BTHWC, jnp.float32) / 127.5 - 1
-        mean, _ = _encode(self.autoencoder, self.params["autoencoder"], video)
+        mean, _ = _encode(self.autoencoder, self.params["autoencoder"], to_model_range(video_BTHWC))
         return autoencoder3d.normalise(mean, self.params["statistics"])
 
     def decode(self, latent_Bthwz: jax.Array) -> np.ndarray:
@@ -329,6 +328,11 @@ def sampling_times(
         int(np.prod(grid)), base_tokens=int(np.prod(training_grid))
     )
     return schedules.shifted(sample_settings["steps"], shift=shift)
+
+
+def to_model_range(video: np.ndarray | jax.Array) -> jax.Array:
+    """Pixels as video in [-1, 1], on the device."""
+    return jnp.asarray(video, jnp.float32) / 127.5 - 1
 
 
 def to_uint8(video: jax.Array) -> np.ndarray:

@@ -27,6 +27,7 @@ from stvdm.data.loader import Loader
 from stvdm.evaluation import metrics as measure
 from stvdm.models import autoencoder3d, critics
 from stvdm.models.autoencoder3d import Autoencoder
+from stvdm.sampling.pipeline import to_model_range
 from stvdm.train import state as state_lib
 from stvdm.train.state import State, is_due
 from stvdm.train.telemetry import Telemetry
@@ -103,8 +104,10 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
     with jax.set_mesh(mesh), checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
         # Restore or initialise.
         state, shardings = state_lib.initialise(init, optimizer, mesh)
-        state, first_step = state_lib.resume(checkpoints, state, state_lib.open_batches(config, split="train").position)
-        batches = state_lib.open_batches(config, split="train", start_step=first_step)
+        batches = state_lib.open_batches(config, split="train")
+        held_out = state_lib.open_batches(config, split="validation")
+        state, first_step = state_lib.resume(checkpoints, state, batches.position)
+        batches.step = first_step
         train_step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
         only_batch = next(batches) if config.overfit else None
 
@@ -122,10 +125,9 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
                     state_lib.check_skipped(record["num_skipped"], config.max_skipped)
                 if is_due(done, config.eval_every, config.total_steps):
                     with telemetry.timed("evaluate"):
-                        held_out = state_lib.open_batches(config, split="validation")
                         results = [
-                            evaluate(state.ema, state_lib.to_mesh(next(held_out), mesh))
-                            for _ in range(config.eval_batches)
+                            evaluate(state.ema, state_lib.to_mesh(held_out.batch_at(i), mesh))
+                            for i in range(config.eval_batches)
                         ]
                     scores = jax.tree.map(lambda *values: np.mean(values), *[scores for scores, _ in results])
                     telemetry.record(done, scores, prefix="eval/")
@@ -138,19 +140,12 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
             telemetry.say(state_lib.write_report(batches.report, workdir))
 
             # Finish: the averaged weights, and the scale of the latents they make.
-            statistics = latent_statistics(
-                model, state.ema, state_lib.open_batches(config, split="train"), config, mesh
-            )
-            params = jax.device_get({"autoencoder": state.ema["autoencoder"], "statistics": statistics})
+            statistics = latent_statistics(model, state.ema, batches, config, mesh)
+            params = {"autoencoder": state_lib.gathered(state.ema["autoencoder"], mesh), "statistics": statistics}
             if jax.process_index() == 0:
                 description = {"kind": "autoencoder", "autoencoder": config.model.to_dict(), "config": config.to_dict()}
                 checkpoint.save_model(workdir / "model", params, description)
             telemetry.say(f"the model is in {workdir / 'model'}")
-
-
-def to_model_range(video_uint8: jax.Array) -> jax.Array:
-    """Pixels to [-1, 1], on the device."""
-    return video_uint8.astype(jnp.float32) / 127.5 - 1
 
 
 def latent_statistics(
@@ -163,5 +158,5 @@ def latent_statistics(
         return model.apply({"params": params["autoencoder"]}, to_model_range(batch["video"]), method="encode")[0]
 
     return autoencoder3d.latent_statistics(
-        encode(params, state_lib.to_mesh(next(batches), mesh)) for _ in range(config.statistics_batches)
+        encode(params, state_lib.to_mesh(batches.batch_at(i), mesh)) for i in range(config.statistics_batches)
     )

@@ -54,6 +54,7 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
         coder_params, coder_description = load_autoencoder(config.autoencoder)
         coder = pipeline.autoencoder_of(coder_description["autoencoder"])
         batches = state_lib.open_batches(config, split="train")
+        held_out = state_lib.open_batches(config, split="validation")
         config = base.with_words(config, words_of(config, checkpoints, batches))
         tokenizer = WordTokenizer(tuple(config.text.words), config.text.max_tokens)
         settings = config.to_dict()
@@ -138,9 +139,10 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
             return {"velocity_mse": jnp.mean(jnp.stack(list(scores.values()))), **scores}
 
         def evaluate(params: Tree) -> dict[str, float]:
-            held_out = state_lib.open_batches(config, split="validation")
             scores = [
-                held_out_loss(params, ready(next(held_out)), frozen, state_lib.stream(config.seed, i, "evaluation"))
+                held_out_loss(
+                    params, ready(held_out.batch_at(i)), frozen, state_lib.stream(config.seed, i, "evaluation")
+                )
                 for i in range(config.eval_batches)
             ]
             return jax.tree.map(lambda *values: float(np.mean(values)), *jax.device_get(scores))
@@ -205,7 +207,7 @@ def latent_reader(coder: autoencoder3d.Autoencoder, *, ready: bool) -> Callable[
         if ready:
             latent = batch["latent"]
         else:
-            video = batch["video"].astype(jnp.float32) / 127.5 - 1
+            video = pipeline.to_model_range(batch["video"])
             latent = coder.apply({"params": params["autoencoder"]}, video, method="encode")[0]
         return autoencoder3d.normalise(latent, params["statistics"])
 
