@@ -12,6 +12,7 @@ A config is a story: a function in ``configs/`` that edits one of these bases an
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -89,7 +90,7 @@ def dit() -> ConfigDict:
 
 
 def validate(config: ConfigDict) -> ConfigDict:
-    """The config itself, if a run can start from it.
+    """The config itself, if a run can start from it; warns of settings that have no effect beside the others.
 
     Raises:
       ValueError: listing every problem, each with what it got, what was expected and what to change.
@@ -97,6 +98,8 @@ def validate(config: ConfigDict) -> ConfigDict:
     problems = list(_problems(config))
     if problems:
         raise ValueError("this config cannot run:\n  - " + "\n  - ".join(problems))
+    for setting in _without_effect(config):
+        warnings.warn(setting, stacklevel=2)
     return config
 
 
@@ -137,8 +140,9 @@ def _common() -> ConfigDict:
     config.optimizer = _section(
         name="adamw",  # 'adamw', or 'muon' (matrices by Muon, the rest by AdamW)
         learning_rate=1e-4,  # peak; Muon's updates are scaled to the size of AdamW's, so one rate serves both
-        schedule="cosine",  # 'cosine', 'linear' or 'constant' after the warm-up
+        schedule="cosine",  # after the warm-up: 'cosine', 'linear', 'constant', or 'wsd' (constant, then linear)
         warmup_steps=100,
+        decay_fraction=0.3,  # of 'wsd': the share of total_steps, at the end, in which the rate falls
         final_fraction=0.0,  # of the peak, at the last step
         b1=0.9,
         b2=0.99,
@@ -188,7 +192,7 @@ def _problems(config: ConfigDict) -> Iterator[str]:
     data, optimizer = config.data, config.optimizer
     yield from _choice("data.source", data.source, ("kinetic_shapes", "folder", "latents"))
     yield from _choice("optimizer.name", optimizer.name, ("adamw", "muon"))
-    yield from _choice("optimizer.schedule", optimizer.schedule, ("cosine", "linear", "constant"))
+    yield from _choice("optimizer.schedule", optimizer.schedule, ("cosine", "linear", "constant", "wsd"))
     if data.source in ("folder", "latents") and not data.path:
         yield f"data.path='': data.source={data.source!r} needs the folder to read."
     for where, value in (
@@ -205,6 +209,8 @@ def _problems(config: ConfigDict) -> Iterator[str]:
         yield f"ema_decay={config.ema_decay}: expected 0 <= decay < 1."
     if optimizer.learning_rate <= 0:
         yield f"optimizer.learning_rate={optimizer.learning_rate}: expected above 0."
+    if not 0 < optimizer.decay_fraction <= 1:
+        yield f"optimizer.decay_fraction={optimizer.decay_fraction}: expected 0 < share <= 1."
     if optimizer.schedule != "constant" and optimizer.warmup_steps >= config.total_steps:
         yield (
             f"optimizer.warmup_steps={optimizer.warmup_steps}: expected fewer than total_steps={config.total_steps}, "
@@ -271,3 +277,16 @@ def _dit_problems(config: ConfigDict) -> Iterator[str]:
         yield f"flow.caption_dropout={flow.caption_dropout}: expected 0 <= share < 1."
     if not config.autoencoder:
         yield "autoencoder='': name the folder of a trained autoencoder (`stvdm train autoencoder` makes one)."
+
+
+def _without_effect(config: ConfigDict) -> Iterator[str]:
+    if config.kind == "autoencoder":
+        model = config.model
+        if model.grouping == "frame" and any(model.temporal_down):
+            yield f"model.temporal_down={tuple(model.temporal_down)} has no effect: model.grouping='frame' keeps time."
+        return
+    flow, sample = config.flow, config.sample
+    if flow.density == "uniform" and (flow.mean, flow.std) != (0.0, 1.0):
+        yield f"flow.mean={flow.mean}, flow.std={flow.std} have no effect: flow.density='uniform'."
+    if sample.guidance == 1 and (tuple(sample.guidance_interval), sample.guidance_rescale) != ((0.0, 1.0), 0.0):
+        yield "sample.guidance_interval and sample.guidance_rescale have no effect: sample.guidance=1 is no guidance."

@@ -120,13 +120,15 @@ def make_optimizer(config: ConfigDict, total_steps: int) -> tuple[optax.Gradient
     """
     peak, final = config.learning_rate, config.learning_rate * config.final_fraction
     after = max(1, total_steps - config.warmup_steps)
-    decay = {
+    decay_steps = min(after, max(1, round(config.decay_fraction * total_steps)))
+    course = {
         "cosine": optax.cosine_decay_schedule(peak, after, alpha=config.final_fraction),
         "linear": optax.linear_schedule(peak, final, after),
+        "wsd": optax.linear_schedule(peak, final, decay_steps, transition_begin=after - decay_steps),
         "constant": optax.constant_schedule(peak),
     }[config.schedule]
     warmup = optax.linear_schedule(peak / max(1, config.warmup_steps), peak, config.warmup_steps)
-    rate = optax.join_schedules([warmup, decay], [config.warmup_steps])
+    rate = optax.join_schedules([warmup, course], [config.warmup_steps])
     decayed = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)  # noqa: E731
     if config.name == "adamw":
         descent = optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=decayed)

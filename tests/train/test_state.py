@@ -145,6 +145,16 @@ def test_the_schedule_warms_up_and_ends_where_told():
     assert float(rate(10)) == pytest.approx(1e-3)
 
 
+def test_a_stable_schedule_is_the_same_until_it_decays():
+    short, long = (
+        state_lib.make_optimizer(_settings(schedule="wsd", decay_fraction=0.5), total_steps=n)[1] for n in (10, 20)
+    )
+    rates = [[float(rate(step)) for step in range(21)] for rate in (short, long)]
+    assert rates[0][:6] == rates[1][:6] and rates[0][5] == pytest.approx(1e-2)  # so a longer run goes on from it
+    np.testing.assert_allclose(rates[0][5:11], np.linspace(1e-2, 0, 6), atol=1e-9)
+    np.testing.assert_allclose(rates[1][10:], np.linspace(1e-2, 0, 11), atol=1e-9)
+
+
 def test_clipping_bounds_the_step():
     state, _, optimizer, _ = _start(clip_norm=1e-3, b1=0.0, b2=0.0)
     huge = jax.tree.map(lambda p: 1e6 * jnp.ones_like(p), state.params)
