@@ -11,6 +11,13 @@ from stvdm import config as base
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
 
+def load(path):
+    specification = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
 def test_the_base_autoencoder_is_valid():
     base.validate(base.autoencoder())
 
@@ -57,12 +64,30 @@ def test_frame_by_frame_has_no_temporal_compression():
     assert base.compression(config.model) == dict(temporal=1, spatial=8, grouping="uniform")
 
 
+def test_settings_without_effect_are_said():
+    config = base.autoencoder()
+    config.model.grouping = "frame"
+    with pytest.warns(UserWarning, match="temporal_down.* has no effect"):
+        base.validate(config)
+    config = base.dit()
+    config.autoencoder = "somewhere"
+    config.flow.density, config.flow.mean = "uniform", 1.0
+    config.sample.guidance, config.sample.guidance_rescale = 1.0, 0.5
+    with pytest.warns(UserWarning, match="no effect") as said:
+        base.validate(config)
+    assert [str(warning.message).split(" ")[0] for warning in said] == ["flow.mean=1.0,", "sample.guidance_interval"]
+
+
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
 def test_every_config_is_valid_in_every_variant(path):
-    specification = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
+    module = load(path)
     for variant in module.VARIANTS:
         config = module.get_config(variant)
         base.validate(config)
         assert "stvdm" in module.__doc__  # a config says with which command it is used
+
+
+def test_the_bundled_model_has_one_world():
+    autoencoder, dit = (load(CONFIGS / f"{name}_kinetic.py") for name in ("autoencoder", "dit"))
+    assert autoencoder.WORLD == dit.WORLD
