@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The transformer of the bundled model: clips of 17x64x64 as 80 tokens, text by cross-attention, full attention.
+"""The transformer of the bundled model: clips of 17x32x32 as 80 tokens, text by cross-attention, full attention.
 
 Two CPU cores, about 2 hours when idle; what it reached is in stvdm/bundled/README.md.
 
     stvdm train autoencoder --config=configs/autoencoder_kinetic.py --workdir=runs/autoencoder
-    stvdm preprocess --config=configs/autoencoder_kinetic.py --checkpoint=runs/autoencoder --out=runs/latents
+    stvdm preprocess --config=configs/autoencoder_kinetic.py --checkpoint=runs/autoencoder --out=runs/latents \
+        --config.data.num_clips=40000
     stvdm train dit --config=configs/dit_kinetic.py --workdir=runs/dit
 
 Variants: `full`, and `frame`: the same with each latent frame attending to itself alone, the control that shows what
@@ -17,13 +18,28 @@ from stvdm import config as base
 
 VARIANTS = ("full", "frame")
 
+# One or two things that keep to the frame and are large enough for 32 pixels: the same as in autoencoder_kinetic.py.
+MOTION_WEIGHTS = {
+    **dict(left=3.0, right=3.0, up=2.0, down=2.0, up_left=1.5, up_right=1.5, down_left=1.5, down_right=1.5),
+    **dict(bounce_left=3.0, bounce_right=3.0, bounce_in_place=2.0, grow=3.0, shrink=3.0),
+}
+WORLD = (
+    ("num_things", (0.7, 0.3)),
+    ("motions", tuple(MOTION_WEIGHTS)),
+    ("motion_weights", tuple(MOTION_WEIGHTS.values())),
+    ("radius", (0.16, 0.21)),
+    ("backgrounds", ("plain", "gradient")),
+    ("pan", 0.0),
+)
+
 
 def get_config(variant: str = "full") -> ConfigDict:
     config = base.dit()
     config.autoencoder = "runs/autoencoder"
     config.data.source = "latents"
+    config.data.world = WORLD
     config.data.path = "runs/latents"
-    config.data.buckets = ((17, 64, 64, 64, 1.0),)
+    config.data.buckets = ((17, 32, 32, 32, 1.0),)
     config.model.attention = (variant,)
     config.model.width = 192
     config.model.num_layers = 6
@@ -35,8 +51,8 @@ def get_config(variant: str = "full") -> ConfigDict:
     config.flow.mean = 1.2
     config.flow.std = 1.2
     config.optimizer.name = "muon"
-    config.optimizer.learning_rate = 5e-3
-    config.optimizer.schedule = "linear"
+    config.optimizer.learning_rate = 4e-3
+    config.optimizer.schedule = "wsd"  # a run found too short goes on, with a larger total_steps, from before its decay
     config.total_steps = 8_000
     config.ema_decay = 0.998
     config.log_every = 50

@@ -26,6 +26,7 @@ def get_config(variant: str = "autoencoder") -> ConfigDict:
         ("occluder", 0.0),
         ("pan", 0.0),
         ("backgrounds", ("plain",)),
+        ("radius", (0.16, 0.21)),
     )
     config.optimizer.name = "muon"
     config.optimizer.schedule = "linear"
@@ -45,7 +46,7 @@ def _autoencoder() -> ConfigDict:
     config.model.shortcuts = True
     config.data.num_clips = 4_000
     config.data.buckets = ((17, 32, 32, 8, 1.0),)
-    config.loss.squared = 1.0
+    config.loss.absolute, config.loss.squared = 0.0, 1.0
     config.optimizer.learning_rate = 1e-2
     config.total_steps = 800
     config.ema_decay = 0.99

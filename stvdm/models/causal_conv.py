@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -52,6 +52,7 @@ class CausalConv(nn.Module):
     kernel: Triple
     stride: Triple = (1, 1, 1)
     zero: bool = False  # start as zero: a residual branch that is switched on by training
+    bias_init: Callable[..., jax.Array] = nn.initializers.zeros
     dtype: Any = jnp.float32
 
     def has_past(self) -> bool:
@@ -73,7 +74,7 @@ class CausalConv(nn.Module):
         init = nn.initializers.zeros if self.zero else nn.initializers.lecun_normal()
         shape = (*self.kernel, x.shape[-1], self.features)
         kernel = self.param("kernel", partitioned(init, None, None, None, None, "channels"), shape)
-        bias = self.param("bias", partitioned(nn.initializers.zeros, "channels"), (self.features,))
+        bias = self.param("bias", partitioned(self.bias_init, "channels"), (self.features,))
         return _convolve(x, kernel.astype(self.dtype), self.stride) + bias.astype(self.dtype)
 
 
