@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one console command: `stvdm generate | train | preprocess | evaluate | data`.
+"""The one console command: `stvdm generate | train | preprocess | evaluate | plan | data`.
 
     stvdm generate "a red ball bounces to the right"
     stvdm train dit --config=configs/quickstart.py --workdir=runs/dit --config.seed=1
@@ -70,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_preprocess(commands)
     _add_evaluate(commands)
+    _add_plan(commands)
     _add_data(commands)
     return root
 
@@ -330,6 +331,55 @@ def _evaluate(args: argparse.Namespace) -> None:
         batch=args.batch,
         output=args.output,
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------- plan
+
+
+def _add_plan(commands: Any) -> None:
+    command = _command(
+        commands,
+        "plan",
+        _plan,
+        "what a training run costs and whether it fits, before anything is rented",
+        "stvdm plan --config=configs/dit_kinetic.py --autoencoder=configs/autoencoder_kinetic.py --topology=v5e:4x4",
+        "With --topology the training step is compiled by the real TPU compiler, which needs no TPU (it is in the "
+        "extra 'tpu', for Linux). Nothing is run.",
+    )
+    _add_config(command)
+    command.add_argument(
+        "--autoencoder", metavar="FILE.py|DIR", help="config or folder of the autoencoder (default: the config's own)"
+    )
+    command.add_argument("--topology", metavar="CHIP:SHAPE", help="compile for this slice, e.g. v5p:4x4x4 or v6e:8x8")
+    command.add_argument("--slices", type=_count, default=1, metavar="N", help="equal slices (default 1)")
+    command.add_argument("--price", type=float, metavar="P", help="of a chip for an hour, to tell what clips cost")
+    command.add_argument("--json", action="store_true", help="print JSON, for programs")
+
+
+def _plan(args: argparse.Namespace) -> None:
+    # Before JAX starts: the compiler for TPUs beside a CPU, without asking around for a TPU that is not there.
+    os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    config = load_config(args.config, args.overrides)
+    from stvdm import checkpoint
+    from stvdm.planning import chips, plan
+    from stvdm.sampling import pipeline
+
+    model: Any = config.model
+    if config.kind == "dit":
+        named = args.autoencoder or config.autoencoder
+        if named.partition(":")[0].endswith(".py"):
+            model = load_config(named).model
+        else:
+            model = checkpoint.load_model(pipeline.model_folder(named))[1]["autoencoder"]
+    coder = pipeline.autoencoder_of(model)
+    outline = plan.outline(config, coder)
+    fit = None
+    if args.topology:
+        fit = plan.compiled(config, coder, chips.topology(args.topology, num_slices=args.slices), outline)
+    if args.json:
+        print(json.dumps({**outline.to_json(), "compiled": fit and fit.to_json()}, indent=2, default=_plain))
+    else:
+        print(plan.as_text(outline, fit, price=args.price))
 
 
 # ---------------------------------------------------------------------------------------------------------------- data

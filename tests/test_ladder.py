@@ -49,7 +49,10 @@ LADDER = """
     train.telemetry
     train.autoencoder
     train.dit
-    planning
+    planning.chips
+    planning.flops
+    planning.collectives
+    planning.plan
     ablations
     demo
     cli

@@ -29,20 +29,15 @@ from stvdm.models import autoencoder3d, critics
 from stvdm.models.autoencoder3d import Autoencoder
 from stvdm.sampling.pipeline import to_model_range
 from stvdm.train import state as state_lib
-from stvdm.train.state import State, is_due
+from stvdm.train.state import Program, State, is_due
 from stvdm.train.telemetry import Telemetry
 
 Tree = Any
 Metrics = dict[str, jax.Array]
 
 
-def main(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Trains until ``config.total_steps``, from the newest checkpoint in ``workdir`` if there is one."""
-    # Config and mesh.
-    base.validate(config)
-    workdir = epath.Path(workdir).expanduser()
-    mesh = sharding.make_mesh(**config.mesh)
-
+def program(config: ConfigDict) -> Program:
+    """All that a run with this config compiles. A batch holds "video"."""
     # Model and optimiser.
     model = Autoencoder(**config.model)
     optimizer, rate = state_lib.make_optimizer(config.optimizer, config.total_steps)
@@ -90,7 +85,6 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
         return state, {**metrics, **taken, "learning_rate": rate(state.step)}
 
     # Evaluation.
-    @jax.jit
     def evaluate(params: Tree, batch: Tree) -> tuple[Metrics, jax.Array]:
         video = to_model_range(batch["video"])
         decoded = jnp.clip(model.apply({"params": params["autoencoder"]}, video), -1, 1)
@@ -101,14 +95,26 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
         )
         return {name: jnp.mean(score) for name, score in scores.items()}, jnp.concatenate([video[:4], decoded[:4]])
 
+    return Program(init, optimizer, functools.partial(loss, step=jnp.zeros((), jnp.int32)), train_step, evaluate)
+
+
+def main(config: ConfigDict, workdir: epath.PathLike) -> None:
+    """Trains until ``config.total_steps``, from the newest checkpoint in ``workdir`` if there is one."""
+    # Config and mesh.
+    base.validate(config)
+    workdir = epath.Path(workdir).expanduser()
+    mesh = sharding.make_mesh(**config.mesh)
+    run = program(config)
+
     with jax.set_mesh(mesh), checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
         # Restore or initialise.
-        state, shardings = state_lib.initialise(init, optimizer, mesh)
+        state, shardings = state_lib.initialise(run, mesh)
         batches = state_lib.open_batches(config, split="train")
         held_out = state_lib.open_batches(config, split="validation")
         state, first_step = state_lib.resume(checkpoints, state, batches.position)
         batches.step = first_step
-        train_step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+        train_step = jax.jit(run.step, donate_argnums=0, out_shardings=(shardings, None))
+        evaluate = jax.jit(run.evaluate)
         only_batch = next(batches) if config.overfit else None
 
         # Loop.
@@ -140,7 +146,7 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
             telemetry.say(state_lib.write_report(batches.report, workdir))
 
             # Finish: the averaged weights, and the scale of the latents they make.
-            statistics = latent_statistics(model, state.ema, batches, config, mesh)
+            statistics = latent_statistics(Autoencoder(**config.model), state.ema, batches, config, mesh)
             params = {"autoencoder": state_lib.gathered(state.ema["autoencoder"], mesh), "statistics": statistics}
             if jax.process_index() == 0:
                 description = {"kind": "autoencoder", "autoencoder": config.model.to_dict(), "config": config.to_dict()}

@@ -28,11 +28,12 @@ from stvdm import config as base
 from stvdm.data.loader import Loader
 from stvdm.diffusion import flow, schedules
 from stvdm.models import autoencoder3d
+from stvdm.models.autoencoder3d import Autoencoder
 from stvdm.models.text_encoders import WordTokenizer, collect_words
 from stvdm.sampling import pipeline
 from stvdm.sampling.pipeline import Pipeline
 from stvdm.train import state as state_lib
-from stvdm.train.state import State, is_due
+from stvdm.train.state import Program, State, is_due
 from stvdm.train.telemetry import Telemetry
 
 Tree = Any
@@ -40,6 +41,88 @@ Metrics = dict[str, jax.Array]
 
 MAX_CAPTIONS = 20_000  # that are read for the vocabulary
 EVAL_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # at which the held-out loss is taken, each by itself
+
+
+def program(config: ConfigDict, coder: Autoencoder) -> Program:
+    """All that a run with this config compiles, for latents of this autoencoder.
+
+    The step is (state, batch, weights of the autoencoder) -> (state, metrics), and the batch holds "tokens", "mask" and
+    "latent" (raw) or "video".
+    """
+    # Networks.
+    tokenizer = WordTokenizer(tuple(config.text.words), config.text.max_tokens)
+    settings = config.to_dict()
+    models = pipeline.build(settings, latent_channels=coder.latent_channels, num_words=tokenizer.vocabulary_size)
+    latents_of = latent_reader(coder, ready=config.data.source == "latents")
+    null = tokenizer([""])
+    latent_thw = coder.latent_shape(tuple(config.data.buckets[0][:3]))
+
+    def init() -> Tree:
+        key_dit, key_text = jax.random.split(jax.random.key(config.seed))
+        text = models.text.init(key_text, *null)["params"]
+        latent_Bthwz = jnp.zeros((1, *latent_thw, coder.latent_channels))
+        text_BSE = jnp.zeros((1, config.text.max_tokens, config.text.width))
+        time_BK = jnp.zeros((1, 1))
+        return {"dit": models.dit.init(key_dit, latent_Bthwz, time_BK, None, text_BSE)["params"], "text": text}
+
+    # Loss.
+    objective = pipeline.objective(settings["flow"])
+
+    def flow_loss(
+        params: Tree, latent: jax.Array, tokens: jax.Array, mask: jax.Array, time: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        text = models.read(params, tokens, mask)
+        return flow.flow_matching_loss(
+            lambda x, t: models.predict(params, x, t, text, mask),
+            latent,
+            jax.random.normal(key, latent.shape),
+            time,
+            objective=objective,
+        )
+
+    def shift_of(latent: jax.Array) -> float:
+        return schedules.shift_for_tokens(math.prod(latent.shape[1:4]), base_tokens=math.prod(latent_thw))
+
+    def loss(params: Tree, batch: Tree, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        key_noise, key_time, key_drop = jax.random.split(key, 3)
+        latent, tokens, mask = batch["latent"], batch["tokens"], batch["mask"]
+        B = latent.shape[0]
+        dropped = jax.random.bernoulli(key_drop, config.flow.caption_dropout, (B, 1))
+        tokens, mask = jnp.where(dropped, null[0], tokens), jnp.where(dropped, null[1], mask)
+        time = flow.sample_times(
+            key_time,
+            (B,),
+            density=config.flow.density,
+            mean=config.flow.mean,
+            std=config.flow.std,
+            stratified=config.flow.stratified,
+            shift=config.flow.shift or shift_of(latent),
+        )
+        losses, parts = flow_loss(params, latent, tokens, mask, time, key_noise)
+        return losses.mean(), {"velocity_mse": parts["velocity_mse"].mean()}
+
+    # Step.
+    optimizer, rate = state_lib.make_optimizer(config.optimizer, config.total_steps)
+    gradient = state_lib.accumulated_grad(loss, config.optimizer.accumulate)
+
+    def train_step(state: State, batch: Tree, frozen: Tree) -> tuple[State, Metrics]:
+        batch = {**batch, "latent": latents_of(frozen, batch)}
+        batch.pop("video", None)
+        grads, metrics = gradient(state.params, batch, state_lib.stream(config.seed, state.step, "flow"))
+        state, taken = state_lib.update(state, grads, optimizer=optimizer, ema_decay=config.ema_decay)
+        return state, {**metrics, **taken, "learning_rate": rate(state.step)}
+
+    # Evaluation: at fixed times, with fixed noise.
+    def held_out_loss(params: Tree, batch: Tree, frozen: Tree, key: jax.Array) -> Metrics:
+        latent = latents_of(frozen, batch)
+        scores = {}
+        for t in EVAL_TIMES:
+            time = jnp.full(latent.shape[:1], t)
+            _, parts = flow_loss(params, latent, batch["tokens"], batch["mask"], time, key)
+            scores[f"velocity_mse_at_{t}"] = parts["velocity_mse"].mean()
+        return {"velocity_mse": jnp.mean(jnp.stack(list(scores.values()))), **scores}
+
+    return Program(init, optimizer, loss, train_step, held_out_loss)
 
 
 def main(config: ConfigDict, workdir: epath.PathLike) -> None:
@@ -50,93 +133,24 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
     mesh = sharding.make_mesh(**config.mesh)
 
     with jax.set_mesh(mesh), checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
-        # Autoencoder, words and networks.
+        # Autoencoder, data and words.
         coder_params, coder_description = load_autoencoder(config.autoencoder)
         coder = pipeline.autoencoder_of(coder_description["autoencoder"])
         batches = state_lib.open_batches(config, split="train")
         held_out = state_lib.open_batches(config, split="validation")
         config = base.with_words(config, words_of(config, checkpoints, batches))
-        tokenizer = WordTokenizer(tuple(config.text.words), config.text.max_tokens)
         settings = config.to_dict()
-        models = pipeline.build(settings, latent_channels=coder.latent_channels, num_words=tokenizer.vocabulary_size)
-        objective = pipeline.objective(settings["flow"])
-        latents_of = latent_reader(coder, ready=config.data.source == "latents")
-
-        # Optimiser.
-        optimizer, rate = state_lib.make_optimizer(config.optimizer, config.total_steps)
-        latent_Bthwz = jnp.zeros((1, *coder.latent_shape(tuple(config.data.buckets[0][:3])), coder.latent_channels))
-
-        null = tokenizer([""])
-
-        def init() -> Tree:
-            key_dit, key_text = jax.random.split(jax.random.key(config.seed))
-            text = models.text.init(key_text, *null)["params"]
-            text_BSE = jnp.zeros((1, config.text.max_tokens, config.text.width))
-            time_BK = jnp.zeros((1, 1))
-            return {"dit": models.dit.init(key_dit, latent_Bthwz, time_BK, None, text_BSE)["params"], "text": text}
+        tokenizer = WordTokenizer(tuple(config.text.words), config.text.max_tokens)
 
         # Restore or initialise.
-        state, shardings = state_lib.initialise(init, optimizer, mesh)
+        run = program(config, coder)
+        state, shardings = state_lib.initialise(run, mesh)
         state, first_step = state_lib.resume(checkpoints, state, batches.position)
         frozen = jax.device_put(coder_params, sharding.replicated(mesh))
+        train_step = jax.jit(run.step, donate_argnums=0, out_shardings=(shardings, None))
 
-        # Step.
-        def flow_loss(
-            params: Tree, latent: jax.Array, tokens: jax.Array, mask: jax.Array, time: jax.Array, key: jax.Array
-        ) -> tuple[jax.Array, Metrics]:
-            text = models.read(params, tokens, mask)
-            return flow.flow_matching_loss(
-                lambda x, t: models.predict(params, x, t, text, mask),
-                latent,
-                jax.random.normal(key, latent.shape),
-                time,
-                objective=objective,
-            )
-
-        def shift_of(latent: jax.Array) -> float:
-            return schedules.shift_for_tokens(
-                math.prod(latent.shape[1:4]), base_tokens=math.prod(latent_Bthwz.shape[1:4])
-            )
-
-        def loss(params: Tree, batch: Tree, key: jax.Array) -> tuple[jax.Array, Metrics]:
-            key_noise, key_time, key_drop = jax.random.split(key, 3)
-            latent, tokens, mask = batch["latent"], batch["tokens"], batch["mask"]
-            B = latent.shape[0]
-            dropped = jax.random.bernoulli(key_drop, config.flow.caption_dropout, (B, 1))
-            tokens, mask = jnp.where(dropped, null[0], tokens), jnp.where(dropped, null[1], mask)
-            time = flow.sample_times(
-                key_time,
-                (B,),
-                density=config.flow.density,
-                mean=config.flow.mean,
-                std=config.flow.std,
-                stratified=config.flow.stratified,
-                shift=config.flow.shift or shift_of(latent),
-            )
-            losses, parts = flow_loss(params, latent, tokens, mask, time, key_noise)
-            return losses.mean(), {"velocity_mse": parts["velocity_mse"].mean()}
-
-        gradient = state_lib.accumulated_grad(loss, config.optimizer.accumulate)
-
-        def train_step(state: State, batch: Tree, frozen: Tree) -> tuple[State, Metrics]:
-            batch = {**batch, "latent": latents_of(frozen, batch)}
-            batch.pop("video", None)
-            grads, metrics = gradient(state.params, batch, state_lib.stream(config.seed, state.step, "flow"))
-            state, taken = state_lib.update(state, grads, optimizer=optimizer, ema_decay=config.ema_decay)
-            return state, {**metrics, **taken, "learning_rate": rate(state.step)}
-
-        train_step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
-
-        # Evaluation: the loss of held-out clips at fixed times with fixed noise, and samples of fixed prompts.
-        @jax.jit
-        def held_out_loss(params: Tree, batch: Tree, frozen: Tree, key: jax.Array) -> Metrics:
-            latent = latents_of(frozen, batch)
-            scores = {}
-            for t in EVAL_TIMES:
-                time = jnp.full(latent.shape[:1], t)
-                _, parts = flow_loss(params, latent, batch["tokens"], batch["mask"], time, key)
-                scores[f"velocity_mse_at_{t}"] = parts["velocity_mse"].mean()
-            return {"velocity_mse": jnp.mean(jnp.stack(list(scores.values()))), **scores}
+        # Evaluation: the loss of held-out clips, and samples of fixed prompts.
+        held_out_loss = jax.jit(run.evaluate)
 
         def evaluate(params: Tree) -> dict[str, float]:
             scores = [
@@ -200,7 +214,7 @@ def load_autoencoder(path: epath.PathLike) -> tuple[Tree, dict[str, Any]]:
     return {name: params[name] for name in ("autoencoder", "statistics")}, description
 
 
-def latent_reader(coder: autoencoder3d.Autoencoder, *, ready: bool) -> Callable[[Tree, Tree], jax.Array]:
+def latent_reader(coder: Autoencoder, *, ready: bool) -> Callable[[Tree, Tree], jax.Array]:
     """(autoencoder's params, batch) -> the normalised latent, from the batch's videos or its raw latents."""
 
     def read(params: Tree, batch: Tree) -> jax.Array:

@@ -3,7 +3,7 @@
 
 batches = open_batches(config, split="train", start_step=first_step)
 optimizer, rate = make_optimizer(config.optimizer, config.total_steps)
-state, shardings = initialise(init, optimizer, mesh)
+state, shardings = initialise(program, mesh)
 state, metrics = update(state, grads, optimizer=optimizer, ema_decay=0.999)     # inside the jitted step
 """
 
@@ -40,6 +40,17 @@ class State(NamedTuple):
     ema: Tree  # exponential moving average of params
     opt_state: optax.OptState
     num_skipped: jax.Array  # int32: steps with non-finite gradients, which changed nothing
+
+
+class Program(NamedTuple):
+    """What a run compiles: made by a trainer's `program`, run by its `main`, compiled for machines that are not here
+    by `stvdm.planning`."""
+
+    init: Callable[[], Tree]  # the boxed parameters of step 0
+    optimizer: optax.GradientTransformation
+    loss: Callable[[Tree, Tree, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]  # (params, batch, key) -> ...
+    step: Callable[..., tuple[State, dict[str, jax.Array]]]  # (state, batch, *frozen weights) -> (state, metrics)
+    evaluate: Callable[..., Any]  # (params, held-out batch, ...) -> scores
 
 
 def open_batches(config: ConfigDict, *, split: Split, start_step: int = 0) -> Loader:
@@ -146,11 +157,23 @@ def make_optimizer(config: ConfigDict, total_steps: int) -> tuple[optax.Gradient
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), descent), rate
 
 
-def initialise(init: Callable[[], Tree], optimizer: optax.GradientTransformation, mesh: Mesh) -> tuple[State, State]:
-    """A fresh state, made sharded on the mesh, and the tree of its shardings.
+def initialise(program: Program, mesh: Mesh) -> tuple[State, State]:
+    """A fresh state, made sharded on the mesh, and the tree of its shardings."""
+    fresh, _, shardings = _plan_state(program, mesh)
+    return jax.jit(fresh, out_shardings=shardings)(), shardings
 
-    ``init`` makes the boxed parameters, as `Module.init` gives them. Moments and averages are split like the weights.
-    """
+
+def abstract_state(program: Program, mesh: Mesh) -> State:
+    """The state of `initialise` as shapes, types and shardings alone; the mesh may be of devices that are not here."""
+    _, abstract, shardings = _plan_state(program, mesh)
+    return jax.tree.map(
+        lambda leaf, split: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=split), abstract, shardings
+    )
+
+
+def _plan_state(program: Program, mesh: Mesh) -> tuple[Callable[[], State], State, State]:
+    """(makes a fresh state, its shapes, its shardings). Moments and averages are split like the weights."""
+    init, optimizer = program.init, program.optimizer
 
     def fresh() -> State:
         params = nn.unbox(init())
@@ -169,7 +192,7 @@ def initialise(init: Callable[[], Tree], optimizer: optax.GradientTransformation
         is_leaf=lambda moment: isinstance(moment, optax.MaskedNode),  # what Muon leaves to AdamW, and the reverse
     )
     shardings = abstract._replace(step=whole, params=by_param, ema=by_param, opt_state=by_moment, num_skipped=whole)
-    return jax.jit(fresh, out_shardings=shardings)(), shardings
+    return fresh, abstract, shardings
 
 
 def update(

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chips, their published peaks, and slices of them that need not be here.
+
+where = topology("v5p:4x4x4")          # 64 devices for `sharding.make_mesh` and the compiler; nothing can run on them
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Chip(NamedTuple):
+    """Peaks of one device as JAX sees it, and where they are published. Bandwidths are in bytes per second, one way."""
+
+    flops: float  # bfloat16, dense
+    memory_bandwidth: float
+    link_bandwidth: float  # all links of the device together, inside a slice
+    network_bandwidth: float  # the device's share of its host's network card, between slices
+    memory_gib: float  # what the compiler grants
+    source: str
+
+
+_DOCS = "https://docs.cloud.google.com/tpu/docs/"
+CHIPS = {
+    "v5e": Chip(197e12, 0.80e12, 200e9, 3.1e9, 15.75, _DOCS + "v6e"),
+    "v5p": Chip(459e12, 2.765e12, 600e9, 6.25e9, 95.74, _DOCS + "v5p"),
+    "v6e": Chip(918e12, 1.60e12, 400e9, 12.5e9, 31.25, _DOCS + "v6e"),
+    "tpu7x": Chip(2307e12 / 2, 7.38e12 / 2, 600e9 / 2, 12.5e9, 94.75, _DOCS + "tpu7x"),  # two devices a chip
+}
+
+DEVICES_PER_CHIP = {"tpu7x": 2}
+
+
+class Topology(NamedTuple):
+    """Devices that need not be here."""
+
+    name: str
+    chip: str
+    devices: list[Any]
+    num_slices: int
+
+
+def topology(name: str, *, num_slices: int = 1) -> Topology:
+    """The devices of a TPU slice such as "v5p:4x4x4", for the compiler alone; or of several equal slices.
+
+    Raises:
+      ValueError: for a chip or shape that the compiler does not know, or if the TPU compiler is not installed.
+    """
+    from jax.experimental import topologies
+
+    chip = name.partition(":")[0]
+    if chip not in CHIPS:
+        raise ValueError(f"topology={name!r}: expected CHIP:SHAPE with a chip of {', '.join(CHIPS)}, e.g. v5p:4x4x4.")
+    options: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if name.endswith(":1x1") else {}
+    if num_slices > 1:
+        options["num_slices"] = num_slices
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+    except Exception as error:
+        if "libtpu" in str(error).lower() or isinstance(error, ModuleNotFoundError):
+            raise ValueError(
+                f"topology={name!r}: the TPU compiler is not installed (no TPU is needed for it): "
+                "pip install 'stvdm[tpu]' on Linux, or plan without --compile."
+            ) from error
+        raise ValueError(f"topology={name!r}: the TPU compiler does not know it: {error}") from error
+    return Topology(name, chip, list(found.devices), num_slices)

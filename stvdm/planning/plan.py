@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run costs and whether it fits, before anything is rented: by arithmetic, and by compiling the real step.
+
+    video -> latent -> tokens;  parameters;  FLOPs of a step by part           `outline`: from shapes alone
+    bytes per device, collectives by mesh axis, a bound on the step time       `compiled`: from the compiler's program
+
+*Model FLOPs* are three times those of the forward pass (PaLM, arXiv:2204.02311, appendix B) and what utilisation is
+measured by; the step itself does more: the optimiser's, and what is computed again in the backward pass.
+
+The bound is a roofline: the step takes no less time than its arithmetic, its memory traffic or its communication would
+alone, at the peaks of `CHIPS`. A real step is slower. Nothing here has been compared with a real chip.
+
+    plan = outline(config, coder)
+    fit = compiled(config, coder, topology("v5p:4x4x4"))
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import re
+import time
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from stvdm import config as base
+from stvdm import shapes, sharding
+from stvdm.models.autoencoder3d import Autoencoder
+from stvdm.planning.chips import CHIPS, DEVICES_PER_CHIP, Topology
+from stvdm.planning.collectives import Collective, collectives_of
+from stvdm.planning.flops import count_flops
+from stvdm.train import autoencoder as train_autoencoder
+from stvdm.train import dit as train_dit
+from stvdm.train import state as state_lib
+from stvdm.train.state import Program
+
+Tree = Any
+
+
+# ---- from shapes alone ----------------------------------------------------------------------------------------------
+
+
+class Clip(NamedTuple):
+    """What becomes of the clips of one bucket."""
+
+    video: tuple[int, int, int]
+    latent: tuple[int, int, int]
+    grid: tuple[int, int, int]
+    batch: int
+    weight: float
+
+    @property
+    def tokens(self) -> int:
+        return math.prod(self.grid)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outline:
+    """What can be told of a run without compiling it."""
+
+    kind: str
+    clips: tuple[Clip, ...]
+    latent_channels: int
+    parameters: dict[str, int]  # by part
+    step_flops: dict[str, float]  # of a whole step, all devices, by part; the first bucket
+    model_flops: float
+
+    def to_json(self) -> dict[str, Any]:
+        clips = [
+            {
+                **clip._asdict(),
+                "tokens": clip.tokens,
+                "compression": shapes.compression_ratio(clip.video, clip.latent, latent_channels=self.latent_channels),
+                "attention_pairs": {
+                    name: shapes.attention_pairs(clip.grid, name) for name in ("full", "factorised", "block_causal")
+                },
+            }
+            for clip in self.clips
+        ]
+        return {**dataclasses.asdict(self), "clips": clips}
+
+
+def outline(config: ConfigDict, coder: Autoencoder) -> Outline:
+    """The outline of a run with this config; ``coder`` is its autoencoder, of which only the shapes matter."""
+    program, arguments = _program(config, coder, mesh=None)
+    patch = tuple(config.model.patch) if config.kind == "dit" else (1, 1, 1)
+    clips = []
+    for T, H, W, batch, weight in config.data.buckets:
+        latent = coder.latent_shape((T, H, W))
+        clips.append(Clip((T, H, W), latent, shapes.token_grid(latent, patch), batch, weight))
+    params = jax.eval_shape(program.init)
+    step = count_flops(program.step, *arguments)
+    state, batch = arguments[:2]
+    if config.kind == "dit":
+        batch = {
+            **batch,
+            "latent": jax.ShapeDtypeStruct(
+                (batch["tokens"].shape[0], *clips[0].latent, coder.latent_channels), jnp.float32
+            ),
+        }
+    forward = count_flops(program.loss, state.params, batch, jax.random.key(0))
+    return Outline(
+        kind=config.kind,
+        clips=tuple(clips),
+        latent_channels=coder.latent_channels,
+        parameters=parameters_by_part(params),
+        step_flops=step,
+        model_flops=3.0 * sum(forward.values()),
+    )
+
+
+def as_text(plan: Outline, fit: Fit | None = None, *, price: float | None = None) -> str:
+    """A plan for people; ``price`` is that of a chip for an hour."""
+    lines = []
+    for clip in plan.to_json()["clips"]:
+        video, latent, grid = ("x".join(map(str, clip[name])) for name in ("video", "latent", "grid"))
+        line = f"clips of {video} -> latents of {latent}x{plan.latent_channels}, {clip['compression']:.1f} times fewer"
+        if plan.kind == "dit":
+            pairs = clip["attention_pairs"]
+            line += (
+                f" -> {clip['tokens']:,} tokens ({grid}); attention pairs a layer: full {pairs['full']:,}, "
+                f"factorised {pairs['factorised']:,} ({pairs['full'] / pairs['factorised']:.1f} times fewer)"
+            )
+        lines.append(f"{line}; batch {clip['batch']}")
+    total, flops = sum(plan.parameters.values()), sum(plan.step_flops.values())
+    lines.append(f"parameters: {_short(total)}: " + _shares(plan.parameters, total))
+    lines.append(
+        f"a step: {_short(flops)}FLOP, of these {_short(plan.model_flops)} of the model: "
+        + _shares(plan.step_flops, flops)
+    )
+    if fit is None:
+        return "\n".join(lines)
+    mesh = ", ".join(f"{axis} {size}" for axis, size in fit.mesh.items() if size > 1) or "one device"
+    lines.append(f"compiled for {fit.topology} ({fit.num_devices} devices: {mesh}) in {fit.compile_seconds:.0f} s")
+    share = f"{_gib(fit.needed_bytes)} of {_gib(fit.limit_bytes)} GiB a device"
+    if not fit.fits:
+        lines.append(f"  does not fit: {share}")
+        return "\n".join(lines)
+    lines.append(
+        f"  fits: {share}, {1 - fit.needed_bytes / fit.limit_bytes:.0%} to spare "
+        f"(arguments {_gib(fit.argument_bytes)}, temporaries {_gib(fit.temporary_bytes)})"
+    )
+    for collective in fit.collectives:
+        over = " and ".join(collective.axes) or "nothing"
+        lines.append(
+            f"  {collective.kind} over {over}: {collective.num} a step, {_short(collective.bytes)}B sent by a device"
+        )
+    bounds = ", ".join(f"{name} {seconds * 1e3:.3g} ms" for name, seconds in fit.bounds.items() if seconds)
+    lines.append(
+        f"  no step is shorter than {fit.step_seconds * 1e3:.3g} ms ({bounds}); at that, MFU {fit.utilisation:.0%}"
+    )
+    chips = fit.num_devices / DEVICES_PER_CHIP.get(fit.topology.partition(":")[0], 1)
+    hours = 1000 / plan.clips[0].batch * fit.step_seconds / 3600 * chips
+    cost = "" if price is None else f", {hours * price:.3g} at {price:g} a chip-hour"
+    lines.append(f"  a thousand clips: at least {hours:.3g} chip-hours{cost}")
+    return "\n".join(lines)
+
+
+def _shares(parts: dict[str, Any], total: float) -> str:
+    return ", ".join(f"{name} {value / total:.0%}" for name, value in parts.items() if value / total >= 0.01)
+
+
+def _short(number: float) -> str:
+    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f} "
+
+
+def _gib(number: float) -> str:
+    return f"{number / 2**30:.2f}"
+
+
+def _program(config: ConfigDict, coder: Autoencoder, mesh: Mesh | None) -> tuple[Program, tuple[Any, ...]]:
+    """The program of a run, and the arguments of its step as shapes, split over the mesh if there is one."""
+    base.validate(config)
+    T, H, W, batch, _ = config.data.buckets[0]
+    rows: dict[str, tuple[tuple[int, ...], Any]] = {"video": ((T, H, W, 3), jnp.uint8)}
+    frozen: tuple[Tree, ...] = ()
+    if config.kind == "autoencoder":
+        program = train_autoencoder.program(config)
+    else:
+        program = train_dit.program(config, coder)
+        if config.data.source == "latents":
+            rows = {"latent": ((*coder.latent_shape((T, H, W)), coder.latent_channels), jnp.float32)}
+        S = config.text.max_tokens
+        rows |= {"tokens": ((S,), jnp.int32), "mask": ((S,), jnp.bool_)}
+        weights = jax.eval_shape(coder.init, jax.random.key(0), jnp.zeros((1, T, H, W, 3)))["params"]
+        scale = jax.ShapeDtypeStruct((coder.latent_channels,), jnp.float32)
+        frozen = ({"autoencoder": nn.unbox(weights), "statistics": {"mean_z": scale, "std_z": scale}},)
+    splits = (None, None) if mesh is None else (sharding.batch_sharding(mesh), sharding.replicated(mesh))
+    examples = {
+        name: jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=splits[0]) for name, (shape, dtype) in rows.items()
+    }
+    frozen = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=splits[1]), frozen)
+    return program, (state_lib.abstract_state(program, mesh or sharding.make_mesh()), examples, *frozen)
+
+
+def parameters_by_part(boxed: Tree) -> dict[str, int]:
+    """How many parameters each part of a tree holds: its first two levels, blocks and all layers of a scan together."""
+    counts: collections.Counter[str] = collections.Counter()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(boxed):
+        names = [str(getattr(entry, "key", getattr(entry, "name", entry))) for entry in path]
+        counts["/".join(names[: 2 if len(names) > 2 else 1])] += math.prod(leaf.shape)
+    return dict(counts.most_common())
+
+
+# ---- from the compiler's program ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """What the compiler says of a step. Bytes are per device, times in seconds."""
+
+    topology: str
+    mesh: dict[str, int]
+    num_devices: int
+    fits: bool
+    limit_bytes: float
+    needed_bytes: float  # as the compiler counts, where it refuses; else arguments + temporaries - what is reused
+    argument_bytes: float
+    temporary_bytes: float
+    collectives: tuple[Collective, ...]
+    model_flops: float  # per device
+    bounds: dict[str, float]  # the least time of a step for its arithmetic, memory, links and network, each alone
+    peak_flops: float  # of a device
+    compile_seconds: float
+
+    @property
+    def step_seconds(self) -> float:
+        """No step is shorter than this."""
+        return max(self.bounds.values())
+
+    @property
+    def utilisation(self) -> float:
+        """Model FLOPs utilisation of a step that takes no longer than the bound: a real one has less."""
+        return self.model_flops / (self.step_seconds * self.peak_flops)
+
+    def to_json(self) -> dict[str, Any]:
+        derived = {"step_seconds": self.step_seconds, "utilisation": self.utilisation} if self.fits else {}
+        return {**dataclasses.asdict(self), "collectives": [c._asdict() for c in self.collectives], **derived}
+
+
+def compiled(config: ConfigDict, coder: Autoencoder, where: Topology, plan: Outline) -> Fit:
+    """Compiles the training step of a config for a topology. Not fitting is an answer, not an error."""
+    chip = CHIPS[where.chip]
+    mesh = sharding.make_mesh(**config.mesh, devices=where.devices)
+    program, arguments = _program(config, coder, mesh)
+    started = time.perf_counter()
+    needed, limit, argument, temporary = math.nan, chip.memory_gib * 2**30, math.nan, math.nan
+    collectives: tuple[Collective, ...] = ()
+    with jax.set_mesh(mesh):
+        out = jax.tree.map(lambda leaf: leaf.sharding, arguments[0])
+        lowered = jax.jit(program.step, donate_argnums=0, out_shardings=(out, None)).lower(*arguments)
+        try:
+            program_here = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            said = re.search(r"\(([\d.]+)([KMGT])\) exceeds available \w+ \(([\d.]+)([KMGT])\)", str(error))
+            if "RESOURCE_EXHAUSTED" not in str(error) or said is None:
+                raise
+            needed, limit = _bytes(said[1], said[2]), _bytes(said[3], said[4])
+        else:
+            memory: Any = program_here.memory_analysis()
+            argument, temporary = float(memory.argument_size_in_bytes), float(memory.temp_size_in_bytes)
+            needed = argument + temporary + memory.output_size_in_bytes - memory.alias_size_in_bytes
+            collectives = tuple(collectives_of(program_here.as_text() or "", mesh))
+    sent = {"links": 0.0, "network": 0.0}
+    for collective in collectives:
+        between_slices = where.num_slices > 1 and "data" in collective.axes
+        sent["network" if between_slices else "links"] += collective.bytes
+    return Fit(
+        topology=where.name,
+        mesh={axis: int(size) for axis, size in mesh.shape.items()},
+        num_devices=len(where.devices),
+        fits=bool(needed <= limit),
+        limit_bytes=limit,
+        needed_bytes=needed,
+        argument_bytes=argument,
+        temporary_bytes=temporary,
+        collectives=collectives,
+        model_flops=plan.model_flops / len(where.devices),
+        bounds={
+            "arithmetic": sum(plan.step_flops.values()) / len(where.devices) / chip.flops,
+            "memory": 2 * argument / chip.memory_bandwidth,  # weights and moments are read and written once
+            "links": sent["links"] / chip.link_bandwidth,
+            "network": sent["network"] / chip.network_bandwidth,
+        },
+        peak_flops=chip.flops,
+        compile_seconds=time.perf_counter() - started,
+    )
+
+
+def _bytes(number: str, unit: str) -> float:
+    return float(number) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[unit]

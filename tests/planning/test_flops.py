@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Counted FLOPs equal those worked out by hand, through loops, gradients, recomputation and shards."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from stvdm import sharding
+from stvdm.models.dit import DiT
+from stvdm.planning.flops import count_flops
+
+A, B = jax.ShapeDtypeStruct((3, 5), jnp.float32), jax.ShapeDtypeStruct((5, 7), jnp.float32)
+
+
+def total(function, *arguments):
+    return sum(count_flops(function, *arguments).values())
+
+
+def test_a_product_is_two_operations_for_each_of_its_multiplications():
+    assert total(jnp.matmul, A, B) == 2 * 3 * 5 * 7
+    x, y = jax.ShapeDtypeStruct((2, 4, 3), jnp.float32), jax.ShapeDtypeStruct((2, 3, 6), jnp.float32)
+    assert total(jnp.matmul, x, y) == 2 * 2 * 4 * 3 * 6
+
+
+def test_a_convolution_counts_its_taps():
+    def convolve(x, kernel, stride=1):
+        return jax.lax.conv_general_dilated(
+            x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    x, kernel = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32), jax.ShapeDtypeStruct((3, 3, 3, 5), jnp.float32)
+    once = 2 * 2 * 8 * 8 * 3 * 3 * 3 * 5
+    assert total(convolve, x, kernel) == once
+    assert total(functools.partial(convolve, stride=2), x, kernel) == once / 4
+    both = total(jax.grad(lambda x, kernel: convolve(x, kernel).sum(), (0, 1)), x, kernel)
+    assert both == 3 * once  # the value, its gradient by the input and that by the kernel
+
+
+def test_loops_multiply_and_the_dearest_branch_counts():
+    square = jax.ShapeDtypeStruct((5, 5), jnp.float32)
+    one = 2 * 5**3
+    assert total(lambda x: jax.lax.scan(lambda c, _: (c @ c, None), x, length=6)[0], square) == 6 * one
+    assert total(lambda x: jax.lax.cond(x[0, 0] > 0, lambda y: y @ y @ y, lambda y: y @ y, x), square) == 2 * one
+
+
+def test_what_is_computed_again_counts_again():
+    def loss(w, remat):
+        layer = lambda x: jnp.tanh(x @ w)  # noqa: E731
+        layer = jax.checkpoint(layer) if remat else layer
+        return layer(layer(w)).sum()
+
+    square = jax.ShapeDtypeStruct((5, 5), jnp.float32)
+    plain, again = (total(jax.grad(functools.partial(loss, remat=remat)), square) for remat in (False, True))
+    assert plain == 6 * 2 * 5**3
+    assert again == 8 * 2 * 5**3
+
+
+def test_shards_add_up_to_the_whole():
+    mesh = sharding.make_mesh(data=2, fsdp=4)
+    product = jax.shard_map(
+        jnp.matmul, mesh=mesh, in_specs=(P("data"), P(None, "fsdp")), out_specs=P("data", "fsdp"), check_vma=False
+    )
+    x, y = jax.ShapeDtypeStruct((8, 16), jnp.float32), jax.ShapeDtypeStruct((16, 32), jnp.float32)
+    assert total(product, x, y) == 2 * 8 * 16 * 32
+
+
+def test_a_transformer_is_counted_by_part():
+    B, N, S, D, F, L, t, h, w, z, E = 2, 24, 5, 12, 20, 3, 2, 6, 8, 4, 7
+    dit = DiT(latent_channels=z, width=D, num_layers=L, num_heads=2, mlp_width=F, text_width=E)
+    arguments = jnp.zeros((B, t, h, w, z)), jnp.zeros((B, 1)), None, jnp.zeros((B, S, E))
+    params = nn.unbox(jax.eval_shape(functools.partial(dit.init, jax.random.key(0)), *arguments))
+    counts = count_flops(lambda params: dit.apply(params, *arguments), params)
+    assert counts["MLP"] == 2 * L * B * N * 2 * D * F
+    assert counts["self-attention"] == 2 * L * B * 2 * N * N * D
+    assert counts["cross-attention"] == 2 * L * B * 2 * N * S * D
+    assert counts["projections of attention"] == 2 * L * B * (4 * N + 2 * N + 2 * S) * D * D

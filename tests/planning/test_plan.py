@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans: the geometry, the parameters, and what the TPU compiler says of a step (where that compiler is installed)."""
+
+import importlib.util
+import json
+import math
+
+import jax
+import pytest
+
+from stvdm import cli
+from stvdm import config as base
+from stvdm.models.autoencoder3d import Autoencoder
+from stvdm.planning import chips, plan
+from stvdm.train import dit as train_dit
+
+CODER = Autoencoder(
+    latent_channels=16, width=8, multipliers=(1, 1, 1), num_res_blocks=0, unshuffle=2, grouping="uniform",
+    spatial_down=(True, True), temporal_down=(True, True),
+)  # fmt: skip
+
+
+def small_dit():
+    config = base.dit()
+    config.autoencoder = "nowhere"
+    config.data.source, config.data.path = "latents", "nowhere"
+    config.data.buckets = ((8, 32, 32, 8, 1.0),)
+    config.model.update(dict(width=32, num_layers=2, num_heads=4, mlp_width=64))
+    config.text.update(dict(width=16, num_layers=1, num_heads=2, max_tokens=6))
+    return config
+
+
+@pytest.mark.parametrize(
+    ("patch", "tokens"), [((1, 2, 2), 30_720), ((2, 2, 2), 15_360), ((1, 4, 4), 7_680), ((2, 4, 4), 3_840)]
+)
+def test_five_seconds_of_512_pixels(patch, tokens):
+    config = small_dit()
+    config.data.buckets = ((120, 512, 512, 1, 1.0),)
+    config.model.patch = patch
+    (clip,) = plan.outline(config, CODER).to_json()["clips"]
+    assert clip["latent"] == (30, 64, 64)
+    assert clip["compression"] == 48
+    assert clip["tokens"] == tokens
+    if patch == (1, 2, 2):
+        assert clip["attention_pairs"]["full"] == 943_718_400
+        assert clip["attention_pairs"]["factorised"] == 32_378_880
+
+
+def test_parameters_are_those_that_a_run_makes():
+    config = small_dit()
+    counted = plan.outline(config, CODER).parameters
+    made = jax.eval_shape(train_dit.program(config, CODER).init)
+    assert sum(counted.values()) == sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(made))
+    assert counted["dit/layers"] > counted["dit/patch"]
+
+
+def test_model_flops_leave_out_the_optimiser_and_what_is_done_again():
+    config = small_dit()
+    plain = plan.outline(config, CODER)
+    config.model.remat, config.optimizer.name = "everything", "muon"
+    dear = plan.outline(config, CODER)
+    assert dear.model_flops == plain.model_flops
+    assert sum(dear.step_flops.values()) > sum(plain.step_flops.values()) > 0.9 * plain.model_flops
+
+
+def test_an_autoencoder_has_a_plan_too():
+    config = base.autoencoder()
+    config.model.update(dict(width=8, multipliers=(1, 1), spatial_down=(True,), temporal_down=(True,)))
+    config.data.buckets = ((5, 16, 16, 8, 1.0),)
+    outline = plan.outline(config, Autoencoder(**config.model))
+    assert outline.step_flops["decoder"] > outline.step_flops["encoder"] > 0
+    assert "clips of 5x16x16 -> latents of 3x8x8x16" in plan.as_text(outline)
+
+
+def test_a_slice_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match=r"expected CHIP:SHAPE with a chip of v5e, v5p, v6e, tpu7x"):
+        chips.topology("h100:8")
+
+
+def test_without_the_tpu_compiler_the_extra_is_named(monkeypatch):
+    from jax.experimental import topologies
+
+    def missing(**_):
+        raise RuntimeError("JAX TPU support not installed; cannot generate TPU topology. libtpu is missing")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", missing)
+    with pytest.raises(ValueError, match=r"pip install 'stvdm\[tpu\]'"):
+        chips.topology("v5e:2x2")
+
+
+def test_the_command_prints_tables_and_json(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli.os, "environ", dict(cli.os.environ))
+    arguments = ["plan", "--config=configs/dit_kinetic.py", "--autoencoder=configs/autoencoder_kinetic.py"]
+    assert cli.main(arguments) == 0
+    assert "80 tokens (5x4x4)" in capsys.readouterr().out
+    assert cli.main([*arguments, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["clips"][0]["tokens"] == 80
+    assert report["compiled"] is None
+
+
+tpu_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler (extra 'tpu') is not installed"
+)
+
+
+@pytest.mark.slow
+@tpu_compiler
+def test_the_real_step_compiles_for_a_slice():
+    config = small_dit()
+    config.mesh.fsdp = 2
+    fit = plan.compiled(config, CODER, chips.topology("v5e:2x2"), plan.outline(config, CODER))
+    assert fit.fits
+    assert fit.mesh == {"data": 2, "fsdp": 2, "context": 1, "tensor": 1}
+    assert 0 < fit.needed_bytes < fit.limit_bytes
+    assert any(collective.kind == "all-reduce" for collective in fit.collectives)
+    assert fit.step_seconds >= fit.bounds["arithmetic"] > 0
+    assert 0 < fit.utilisation < 1
+
+
+@pytest.mark.slow
+@tpu_compiler
+def test_too_much_for_the_memory_is_an_answer():
+    config = small_dit()
+    config.data.buckets = ((8, 512, 512, 64, 1.0),)
+    outline = plan.outline(config, CODER)
+    fit = plan.compiled(config, CODER, chips.topology("v5e:1x1"), outline)
+    assert not fit.fits
+    assert fit.needed_bytes > fit.limit_bytes == pytest.approx(15.75 * 2**30)
+    assert "does not fit" in plan.as_text(outline, fit)
