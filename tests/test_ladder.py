@@ -14,6 +14,9 @@ LADDER = """
     config
     checkpoint
     models.linear
+    models.patterns
+    models.attention_kernels
+    models.context_parallel
     models.attention
     models.embeddings
     models.dit

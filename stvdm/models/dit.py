@@ -25,7 +25,7 @@ computed for K levels and selected inside the block, so a [B, N, 6D] array never
 
 **Text, jointly.** With text_path="joint" the text tokens join the sequence and pass through the same weights, with
 a modulation table of their own, at the noisiest level of their clip (what is known has no say in it). They
-have no place, hence no rotary turn, and are dropped at the end. What they may see is `attention.text_attention`'s.
+have no place, hence no rotary turn, and are dropped at the end. What they may see is `attention.joint_attention`'s.
 
 **Precision.** Parameters, norms, softmax, modulation and time are float32. Products and the tokens between blocks
 (the residual stream) are in ``dtype``.
@@ -45,11 +45,10 @@ import jax.numpy as jnp
 
 from stvdm import shapes
 from stvdm.models import embeddings
-from stvdm.models.attention import attention, check_pattern, cross_attention, text_attention
+from stvdm.models.attention import attention, cross_attention, joint_attention
 from stvdm.models.linear import linear, xavier, zeros
+from stvdm.models.patterns import Size3, check_kind
 from stvdm.sharding import constrain, partitioned
-
-Size3 = tuple[int, int, int]
 
 SIZES: dict[str, dict[str, int]] = {  # D, layers, A, F                                     parameters
     "tiny": dict(width=192, num_layers=6, num_heads=6, mlp_width=768),
@@ -224,7 +223,7 @@ class DiT(nn.Module):
 
     def _check(self, latent_Bthwz: jax.Array, time_BK: jax.Array) -> None:
         for pattern in self.attention:
-            check_pattern(pattern)
+            check_kind(pattern)
         _choose("text_path", self.text_path, ("cross", "joint"))
         _choose("positions", self.positions, ("rotary", "sincos"))
         _choose("remat", self.remat, tuple(REMAT))
@@ -314,12 +313,11 @@ class Block(nn.Module):
         (q, text_q), (k, text_k), (v, text_v) = ((x[:, :num_video], x[:, num_video:]) for x in (q, k, v))
         if conditions.turns is not None:
             q, k = embeddings.rotate(q, conditions.turns), embeddings.rotate(k, conditions.turns)
-        within = functools.partial(attention, q, k, v, grid=self.grid, pattern=self.pattern, window=self.window)
+        how: Any = dict(grid=self.grid, pattern=self.pattern, window=self.window)
         if not self.joint:
-            return within()
+            return attention(q, k, v, **how)
         mask_BS = conditions.text_mask_BS
-        video = within(text_kv=(text_k, text_v), text_mask_BS=mask_BS)
-        text = text_attention(text_q, (text_k, text_v), (k, v), pattern=self.pattern, text_mask_BS=mask_BS)
+        video, text = joint_attention((q, k, v), (text_q, text_k, text_v), **how, text_mask_BS=mask_BS)
         return jnp.concatenate([video, text], axis=1)
 
 

@@ -8,10 +8,10 @@ import pytest
 
 from stvdm import shapes
 from stvdm.models import attention as module
-from stvdm.models.attention import PATTERNS
+from stvdm.models.patterns import PATTERNS
 
 attention = jax.jit(module.attention, static_argnames=("grid", "pattern", "window"))
-text_attention = jax.jit(module.text_attention, static_argnames="pattern")
+joint_attention = jax.jit(module.joint_attention, static_argnames=("grid", "pattern", "window"))
 cross_attention = jax.jit(module.cross_attention)
 
 GRID = (3, 2, 4)
@@ -68,13 +68,14 @@ def test_joint_text_equals_one_softmax_over_both(pattern):
     real = np.array([[1, 1, 0, 1, 0], [1, 1, 1, 1, 1]], bool)
     all_k, all_v = np.concatenate([k, text_k], 1), np.concatenate([v, text_v], 1)
 
-    out = attention(q, k, v, grid=GRID, pattern=pattern, window=WINDOW, text_kv=(text_k, text_v), text_mask_BS=real)
+    out, text_out = joint_attention(
+        (q, k, v), (text_q, text_k, text_v), grid=GRID, pattern=pattern, window=WINDOW, text_mask_BS=real
+    )
     mask = np.concatenate(
         [np.broadcast_to(visible(pattern), (2, N, N)), np.broadcast_to(real[:, None], (2, N, 5))], axis=2
     )
     np.testing.assert_allclose(out, reference(q, all_k, all_v, mask), atol=5e-6)
 
-    text_out = text_attention(text_q, (text_k, text_v), (k, v), pattern=pattern, text_mask_BS=real)
     sees_video = np.full((2, 5, N), pattern in ("full", "window"))
     mask = np.concatenate([sees_video, np.broadcast_to(real[:, None], (2, 5, 5))], axis=2)
     np.testing.assert_allclose(text_out, reference(text_q, all_k, all_v, mask), atol=5e-6)

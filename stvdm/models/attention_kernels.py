@@ -1,0 +1,376 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Softmax attention to one set of keys, as a mean and a log-sum-exp, so that sets can be merged and passed around.
+
+    out_n = Σ_m p_nm v_m,    lse_n = log Σ_m exp(s_nm),    p_nm = exp(s_nm - lse_n),    s_nm = q_n · k_m / √d
+
+over the keys that a query may see. Given the lse and the mean over *all* sets, the gradient is a sum over sets
+(FlashAttention-2, arXiv:2307.08691):
+
+    ds_nm = p_nm (dout_n · v_m - dout_n · out_n),
+    dq = Σ_m ds_nm k_m / √d,    dk = Σ_n ds_nm q_n / √d,    dv = Σ_n p_nm dout_n
+
+Two backends do the same: "splash", the TPU kernel of JAX, to which blocks that a pattern leaves out cost nothing, and
+"xla", which never holds more than a block of scores, for everything else.
+
+    out, lse = forward("splash", q_BnAd, k_BmAd, v_BmAd, valid_Bm, pattern)
+    dq, dk, dv = backward("splash", q_BnAd, k_BmAd, v_BmAd, valid_Bm, pattern, (0, 0), out, lse, dout_BnAd)
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stvdm.models.patterns import Pattern
+
+NOTHING = -1e30  # a score that is not seen, and the lse of a query without keys: finite, so that no difference is NaN
+XLA_BLOCK = 1024
+SPLASH_BLOCKS = (512, 384, 256, 128)
+_LANES = 128
+
+Starts = tuple[Any, Any]  # the numbers that the first query and the first key have in the pattern; may be traced
+_dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def forward(
+    backend: str,
+    q_BnAd: jax.Array,
+    k_BmAd: jax.Array,
+    v_BmAd: jax.Array,
+    valid_Bm: jax.Array | None = None,
+    pattern: Pattern | None = None,
+    starts: Starts = (0, 0),
+) -> tuple[jax.Array, jax.Array]:
+    """(out_BnAd, lse_BnA1), both float32; zeros and `NOTHING` for a query that sees no key.
+
+    Args:
+      backend: "xla"; "splash"; or "splash_interpreted", the TPU kernel run without a TPU, for tests.
+      valid_Bm: True where a key is real; None: all are.
+      pattern: who sees whom, by number; None: all see all.
+      starts: the numbers of the first query and of the first key in the pattern.
+    """
+    compute: Any = _xla_forward if backend == "xla" else functools.partial(_splash_forward, backend)
+    out, lse = compute(*_heads_first(q_BnAd, k_BmAd, v_BmAd), valid_Bm, pattern, starts)
+    seen = _sees_something(lse)
+    out, lse = jnp.where(seen[..., None], out, 0.0), jnp.where(seen, lse, NOTHING)
+    return out.swapaxes(1, 2), lse.swapaxes(1, 2)[..., None]
+
+
+def backward(
+    backend: str,
+    q_BnAd: jax.Array,
+    k_BmAd: jax.Array,
+    v_BmAd: jax.Array,
+    valid_Bm: jax.Array | None,
+    pattern: Pattern | None,
+    starts: Starts,
+    out_BnAd: jax.Array,
+    lse_BnA1: jax.Array,
+    dout_BnAd: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(dq, dk, dv), float32: this set's part in the gradient of a mean ``out`` that has this ``lse`` over all sets."""
+    compute: Any = _xla_backward if backend == "xla" else functools.partial(_splash_backward, backend)
+    # A query without any key gets zeros, whatever the keys are.
+    seen = _sees_something(lse_BnA1)
+    lse_BnA1, dout_BnAd = jnp.where(seen, lse_BnA1, 0.0), jnp.where(seen, dout_BnAd, 0.0).astype(dout_BnAd.dtype)
+    arrays = _heads_first(q_BnAd, k_BmAd, v_BmAd)
+    given = _heads_first(out_BnAd, lse_BnA1, dout_BnAd)
+    dq, dk, dv = _heads_first(*compute(*arrays, valid_Bm, pattern, starts, *given))
+    return dq, dk, dv
+
+
+def merge(one: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """The (out_BnAd, lse_BnA1) over two sets from those of each."""
+    lse = jnp.logaddexp(one[1], other[1])
+    return one[0] * jnp.exp(one[1] - lse) + other[0] * jnp.exp(other[1] - lse), lse
+
+
+def _sees_something(lse: jax.Array) -> jax.Array:
+    return lse > -1e20
+
+
+def _heads_first(*arrays_BnAd: jax.Array) -> tuple[jax.Array, ...]:
+    # Heads before tokens, once and in the open: XLA's batched products on CPU are twice as fast that way.
+    return tuple(x.swapaxes(1, 2) for x in arrays_BnAd)
+
+
+# ---- XLA: queries and keys in blocks --------------------------------------------------------------------------------
+
+
+def _xla_forward(q: Any, k: Any, v: Any, valid_Bm: Any, pattern: Pattern | None, starts: Starts) -> Any:
+    """From heads-first arrays: (out_BAnd, lse_BAn)."""
+    keys, scale = _key_blocks(k, v, valid_Bm), q.shape[-1] ** -0.5
+
+    def one_block_of_queries(i: Any, q: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def add(carry: Any, j: Any, k: jax.Array, v: jax.Array, valid: jax.Array) -> Any:
+            largest, total, out = carry
+            scores = _scores(q, k, valid, pattern, starts, i, j)
+            new = jnp.maximum(largest, scores.max(axis=-1, keepdims=True))
+            weight, shrink = jnp.exp((scores - new) * scale), jnp.exp((largest - new) * scale)
+            out = out * shrink + _dot("BAnm,BAmd->BAnd", weight.astype(v.dtype), v)
+            return new, total * shrink + weight.sum(axis=-1, keepdims=True), out
+
+        start = jnp.full((*q.shape[:3], 1), NOTHING), jnp.zeros((*q.shape[:3], 1)), jnp.zeros(q.shape, jnp.float32)
+        largest, total, out = _fold_keys(add, start, keys, pattern, starts, i, q.shape[2])
+        return out / jnp.where(total > 0, total, 1.0), (largest * scale + jnp.log(jnp.maximum(total, 1e-37)))[..., 0]
+
+    queries = _blocks(q)
+    if len(queries) == 1:
+        out, lse = one_block_of_queries(0, queries[0])
+        return out, lse
+    out, lse = jax.lax.map(lambda x: one_block_of_queries(*x), (jnp.arange(len(queries)), queries))
+    return _unblock(out, q.shape[2]), _unblock(lse, q.shape[2])
+
+
+def _xla_backward(
+    q: Any, k: Any, v: Any, valid_Bm: Any, pattern: Pattern | None, starts: Starts, out: Any, lse: Any, dout: Any
+) -> Any:
+    """From heads-first arrays, lse_BAn1: (dq, dk, dv)."""
+    scale = q.shape[-1] ** -0.5
+    inner = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(axis=-1, keepdims=True)
+    queries = tuple(_blocks(x) for x in (q, dout, lse, inner))
+    dq = jnp.zeros(queries[0].shape, jnp.float32)
+
+    def one_block_of_keys(dq: jax.Array, xs: Any) -> Any:
+        j, k, v, valid = xs
+
+        def one_block_of_queries(carry: Any, xs: Any) -> Any:
+            i, dq, q, dout, lse, inner = xs
+
+            def add(carry: Any) -> Any:
+                dk, dv, dq = carry
+                weight = jnp.exp(_scores(q, k, valid, pattern, starts, i, j) * scale - lse)
+                change = weight * (_dot("BAnd,BAmd->BAnm", dout, v) - inner) * scale
+                weight, change = weight.astype(q.dtype), change.astype(q.dtype)
+                return (
+                    dk + _dot("BAnm,BAnd->BAmd", change, q),
+                    dv + _dot("BAnm,BAnd->BAmd", weight, dout),
+                    dq + _dot("BAnm,BAmd->BAnd", change, k),
+                )
+
+            *carry, dq = _if_touched(add, (*carry, dq), pattern, starts, i, j, q.shape[2], k.shape[2])
+            return tuple(carry), dq
+
+        start = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+        (dk, dv), dq = _scan(one_block_of_queries, start, (jnp.arange(len(dq)), dq, *queries))
+        return dq, (dk, dv)
+
+    keys = _key_blocks(k, v, valid_Bm)
+    dq, (dk, dv) = _scan(one_block_of_keys, dq, (jnp.arange(len(keys[0])), *keys))
+    return _unblock(dq, q.shape[2]), _unblock(dk, k.shape[2]), _unblock(dv, v.shape[2])
+
+
+def _scores(
+    q: jax.Array, k: jax.Array, valid: jax.Array, pattern: Pattern | None, starts: Starts, i: Any, j: Any
+) -> jax.Array:
+    """Products of block i of the queries with block j of the keys, `NOTHING` where a key is not seen."""
+    mask = valid[:, None, None, :]
+    if pattern is not None:
+        query, key = (
+            starts[0] + i * q.shape[2] + jnp.arange(q.shape[2]),
+            starts[1] + j * k.shape[2] + jnp.arange(k.shape[2]),
+        )
+        mask &= pattern.sees(query[:, None], key[None, :])
+    return jnp.where(mask, _dot("BAnd,BAmd->BAnm", q, k), NOTHING)
+
+
+def _fold_keys(
+    add: Callable[..., Any], start: Any, keys: Any, pattern: Pattern | None, starts: Starts, i: Any, n: int
+) -> Any:
+    """``add(carry, j, k, v, valid)`` over the blocks of keys that any query of block i may see."""
+    size = keys[0].shape[3]
+
+    def one(carry: Any, xs: Any) -> Any:
+        return _if_touched(lambda carry: add(carry, *xs), carry, pattern, starts, i, xs[0], n, size), None
+
+    return _scan(one, start, (jnp.arange(len(keys[0])), *keys))[0]
+
+
+def _if_touched(
+    compute: Callable[[Any], Any], carry: Any, pattern: Pattern | None, starts: Starts, i: Any, j: Any, n: int, m: int
+) -> Any:
+    if pattern is None:
+        return compute(carry)
+    query, key = starts[0] + i * n, starts[1] + j * m
+    touched = pattern.touches(query, query + n - 1, key, key + m - 1)
+    return jax.lax.cond(touched, compute, lambda carry: carry, carry)
+
+
+def _scan(body: Callable[..., Any], start: Any, xs: Any) -> Any:
+    """`lax.scan`, without a loop where there is one step."""
+    if len(xs[0]) > 1:
+        return jax.lax.scan(body, start, xs)
+    carry, y = body(start, jax.tree.map(lambda x: x[0], xs))
+    return carry, jax.tree.map(lambda leaf: leaf[None], y)
+
+
+def _blocks(x: jax.Array) -> jax.Array:
+    """(B, A, n, ...) to (blocks, B, A, size, ...), filled up with zeros."""
+    n = x.shape[2]
+    num = -(-n // XLA_BLOCK)
+    size = -(-n // num)
+    x = jnp.pad(x, [(0, num * size - n) if axis == 2 else (0, 0) for axis in range(x.ndim)])
+    return jnp.moveaxis(x.reshape(*x.shape[:2], num, size, *x.shape[3:]), 2, 0)
+
+
+def _unblock(x: jax.Array, n: int) -> jax.Array:
+    """(blocks, B, A, size, ...) to (B, A, n, ...)."""
+    x = jnp.moveaxis(x, 0, 2)
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])[:, :, :n]
+
+
+def _key_blocks(k: jax.Array, v: jax.Array, valid_Bm: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Blocks of keys, of values, and (blocks, B or 1, size) of which keys are real."""
+    valid_Bm = jnp.ones((1, k.shape[2]), jnp.bool_) if valid_Bm is None else valid_Bm
+    return _blocks(k), _blocks(v), _blocks(valid_Bm[:, None])[:, :, 0]
+
+
+# ---- splash: the TPU kernel -----------------------------------------------------------------------------------------
+
+
+def _splash_forward(
+    backend: str, q: Any, k: Any, v: Any, valid_Bm: Any, pattern: Pattern | None, starts: Starts
+) -> Any:
+    """From heads-first arrays: (out_BAnd, lse_BAn)."""
+    call = _SplashCall(backend, q.shape, k.shape, valid_Bm, pattern, starts)
+
+    def one_clip(q: Any, k: Any, v: Any, segments: Any) -> Any:
+        options = dict(zip(_OPTIONS, call.options, strict=True)) | {"save_residuals": True}
+        out, (lse,) = call.library._splash_attention_forward(call.mask(), q, k, v, segments, None, **options)
+        return out, lse
+
+    out, lse = call.over_clips(one_clip, q * q.shape[-1] ** -0.5, k, v)
+    return out[:, :, : q.shape[2], : q.shape[3]].astype(jnp.float32), lse[:, :, : q.shape[2]]
+
+
+def _splash_backward(
+    backend: str,
+    q: Any,
+    k: Any,
+    v: Any,
+    valid_Bm: Any,
+    pattern: Pattern | None,
+    starts: Starts,
+    out: Any,
+    lse: Any,
+    dout: Any,
+) -> Any:
+    """From heads-first arrays, lse_BAn1: (dq, dk, dv)."""
+    call = _SplashCall(backend, q.shape, k.shape, valid_Bm, pattern, starts)
+    scale = q.shape[-1] ** -0.5
+
+    def one_clip(q: Any, k: Any, v: Any, segments: Any, out: Any, lse: Any, dout: Any) -> Any:
+        kept = (q, k, v, segments, None, out, lse[:, :, 0], call.mask(), call.mask(by_key=True))
+        return call.library._splash_attention_bwd(*call.options, kept, dout)[3:6]
+
+    dq, dk, dv = call.over_clips(one_clip, q * scale, k, v, out, lse, dout)
+    n, m, d = q.shape[2], k.shape[2], q.shape[3]
+    dq = dq[:, :, :n, :d].astype(jnp.float32) * scale
+    return dq, dk[:, :, :m, :d].astype(jnp.float32), dv[:, :, :m, :d].astype(jnp.float32)
+
+
+# The settings of the library's functions, in the order in which its backward function takes them.
+_OPTIONS = (
+    *("save_residuals", "mask_value", "is_mqa", "block_sizes", "residual_checkpoint_name"),
+    *("mask_function", "attn_logits_soft_cap", "interpret"),
+)
+
+
+class _SplashCall:
+    """One use of the kernel: sizes filled up to blocks, the pattern told block by block.
+
+    Its own `custom_vjp` knows one set of keys; with the mean and the log-sum-exp over all sets its backward function
+    gives this set's part, so the two halves are called here by themselves.
+    """
+
+    def __init__(
+        self,
+        backend: str,
+        q_shape: tuple[int, ...],
+        k_shape: tuple[int, ...],
+        valid_Bm: jax.Array | None,
+        pattern: Pattern | None,
+        starts: Starts,
+    ) -> None:
+        from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as library
+        from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as masks
+
+        self.library, self._masks, self._pattern, self._starts = library, masks, pattern, starts
+        self._n, self._m = q_shape[2], k_shape[2]
+        self._q_block, self._k_block = _splash_block(self._n), _splash_block(self._m)
+        num_padding = -self._m % self._k_block
+        fixed = isinstance(starts[0], int) and isinstance(starts[1], int)
+        self._segments = None
+        if valid_Bm is not None or (num_padding and (pattern is None or not fixed)):
+            real_Bm = jnp.ones((q_shape[0], self._m), jnp.int32) if valid_Bm is None else valid_Bm.astype(jnp.int32)
+            ones = jnp.ones((self._n + -self._n % self._q_block,), jnp.int32)
+            self._segments = library.SegmentIds(ones, jnp.pad(real_Bm, ((0, 0), (0, num_padding))))
+        sizes = library.BlockSizes(
+            block_q=self._q_block,
+            block_kv=self._k_block,
+            block_q_dkv=self._q_block,
+            block_kv_dkv=self._k_block,
+            block_q_dq=self._q_block,
+            block_kv_dq=self._k_block,
+        )
+        sees = None if pattern is None else functools.partial(_sees_by_code, pattern, self._m)
+        interpret = backend == "splash_interpreted"
+        self.options = (False, library.DEFAULT_MASK_VALUE, False, sizes, None, sees, None, interpret)
+
+    def over_clips(self, function: Callable[..., Any], q: Any, k: Any, v: Any, *of_queries: Any) -> Any:
+        """``function(q, k, v, segments, ...)`` of each clip's arrays, filled up with zeros to whole blocks."""
+        segment_axes = None if self._segments is None else self.library.SegmentIds(None, 0)  # type: ignore[arg-type]
+        q, *others = (_fill_up(x, self._q_block) for x in (q, *of_queries))
+        k, v = (_fill_up(x, self._k_block) for x in (k, v))
+        axes = (0, 0, 0, segment_axes, *(0 for _ in others))
+        return jax.vmap(function, in_axes=axes)(q, k, v, self._segments, *others)
+
+    def mask(self, *, by_key: bool = False) -> Any:
+        """Which blocks of keys a block of queries goes through; ``by_key``: of queries a block of keys.
+
+        Where the numbers are known they are listed densely, so that a block left out is not even a step of the grid.
+        """
+        if self._pattern is None:
+            return self._masks.MaskInfo(None, None, None, None, None)
+        q_first = self._starts[0] + self._q_block * np.arange(-(-self._n // self._q_block))[:, None]
+        k_first = self._starts[1] + self._k_block * np.arange(-(-self._m // self._k_block))[None, :]
+        touched = self._pattern.touches(q_first, q_first + self._q_block - 1, k_first, k_first + self._k_block - 1)
+        axis = 0 if by_key else 1
+        shape = (q_first.shape[0], k_first.shape[1])
+        which = np.broadcast_to(np.expand_dims(np.arange(shape[axis]), 1 - axis), shape)
+        touched = touched | (which < 0)  # of the full shape
+        if isinstance(touched, np.ndarray):
+            order = np.argsort(~touched, axis=axis, kind="stable")
+            width = max(1, int(touched.sum(axis=axis).max()))
+            touched, which = (np.take_along_axis(x, order, axis).take(np.arange(width), axis) for x in (touched, which))
+        numbers = self._starts[0] + jnp.arange(-(-self._n // self._q_block) * self._q_block, dtype=jnp.int32)
+        code = numbers + (self._starts[1] // self._m << _CODE_BITS)
+        steps, runs = jnp.asarray(which, jnp.int32)[None], jnp.asarray(touched, jnp.int32)[None]
+        return self._masks.MaskInfo(steps, None, runs, None, code)
+
+
+_CODE_BITS = 22
+
+
+def _sees_by_code(pattern: Pattern, num_keys: int, code: jax.Array, key: jax.Array) -> jax.Array:
+    """`Pattern.sees` as the kernel asks it: it numbers the keys it was given from 0, and carries a number per query.
+
+    So that number tells where the keys start, too: query + (start of the keys / number of keys) 2^22.
+    """
+    return pattern.sees(code & (2**_CODE_BITS - 1), key + (code >> _CODE_BITS) * num_keys)
+
+
+def _splash_block(length: int) -> int:
+    """The largest block that fills up a length by at most a twentieth."""
+    return next((size for size in SPLASH_BLOCKS if -length % size <= length / 20), SPLASH_BLOCKS[-1])
+
+
+def _fill_up(x: jax.Array, block: int) -> jax.Array:
+    """Zeros behind the tokens up to whole blocks, and behind the head's channels up to whole lanes."""
+    widths = [(0, 0), (0, 0), (0, -x.shape[2] % block), (0, 0 if x.shape[3] == 1 else -x.shape[3] % _LANES)]
+    return jnp.pad(x, widths)

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which token of a clip may look at which.
+
+Tokens lie on a grid (time, height, width) and are numbered in that order. A pattern says what a query sees:
+
+    full          every token of the clip
+    frame         the tokens of its own latent frame      (images side by side: the control without time)
+    time          the tokens at its own place, at all times
+    window        the tokens within reach along time, height and width
+    block_causal  the tokens of its own and of earlier latent frames
+
+Numbers beyond the last token are padding, which nobody sees.
+
+    pattern = Pattern("window", grid=(21, 30, 52), window=(1, 4, 4))
+    pattern.sees(query, key)                          # number by number, NumPy or JAX, also inside a kernel
+    pattern.touches(0, 511, 1024, 1535)               # whether a block of queries sees anything in a block of keys
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from typing import Any
+
+PATTERNS = ("full", "frame", "time", "window", "block_causal")
+
+Size3 = tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pattern:
+    """A rule of looking, over the tokens of a grid.
+
+    Args:
+      kind: one of `PATTERNS`.
+      grid: tokens along (time, height, width).
+      window: of "window": how far a query sees along each, in tokens; (0, 0, 0) is itself alone.
+
+    Raises:
+      ValueError: for an unknown kind (with near matches), or a missing window.
+    """
+
+    kind: str
+    grid: Size3
+    window: Size3 | None = None
+
+    def __post_init__(self) -> None:
+        check_kind(self.kind)
+        if self.kind == "window" and (self.window is None or len(self.window) != 3 or min(self.window) < 0):
+            raise ValueError(
+                f"window={self.window}: pattern 'window' needs its reach along (time, height, width), "
+                "three numbers of at least 0, e.g. (1, 4, 4)."
+            )
+
+    @property
+    def num_tokens(self) -> int:
+        return math.prod(self.grid)
+
+    def sees(self, query: Any, key: Any) -> Any:
+        """True where the query of one number may look at the key of the other; the two broadcast."""
+        _, height, width = self.grid
+        real = key < self.num_tokens
+        if self.kind == "full":
+            return real & (query == query)  # of the shape of both
+        q_frame, k_frame = query // (height * width), key // (height * width)
+        if self.kind == "block_causal":
+            return real & (k_frame <= q_frame)
+        if self.kind == "frame":
+            return real & (k_frame == q_frame)
+        q_place, k_place = query - q_frame * (height * width), key - k_frame * (height * width)
+        if self.kind == "time":
+            return real & (k_place == q_place)
+        assert self.window is not None
+        q_row, k_row = q_place // width, k_place // width
+        q_column, k_column = q_place - q_row * width, k_place - k_row * width
+        return (
+            real
+            & (abs(q_frame - k_frame) <= self.window[0])
+            & (abs(q_row - k_row) <= self.window[1])
+            & (abs(q_column - k_column) <= self.window[2])
+        )
+
+    def touches(self, q_first: Any, q_last: Any, k_first: Any, k_last: Any) -> Any:
+        """Whether any query of a run of numbers may see any key of another; True where that is not plain to tell."""
+        _, height, width = self.grid
+        real = k_first < self.num_tokens
+        if self.kind in ("full", "time"):
+            return real
+        q_from, q_to = q_first // (height * width), q_last // (height * width)
+        k_from, k_to = k_first // (height * width), k_last // (height * width)
+        if self.kind == "block_causal":
+            return real & (k_from <= q_to)
+        if self.kind == "frame":
+            return real & (k_from <= q_to) & (q_from <= k_to)
+        assert self.window is not None
+        (q_top, q_bottom), (k_top, k_bottom) = self._rows(q_first, q_last), self._rows(k_first, k_last)
+        frames = (k_from - q_to <= self.window[0]) & (q_from - k_to <= self.window[0])
+        return real & frames & (k_top - q_bottom <= self.window[1]) & (q_top - k_bottom <= self.window[1])
+
+    def _rows(self, first: Any, last: Any) -> tuple[Any, Any]:
+        """The first and last row that a run of numbers lies in: all rows where it goes from one frame to the next."""
+        _, height, width = self.grid
+        whole = first // (height * width) != last // (height * width)
+        return (
+            (first // width % height) * (1 - whole),
+            (last // width % height) * (1 - whole) + (height - 1) * whole,
+        )
+
+
+def check_kind(kind: str) -> None:
+    """Raises a ValueError that names near matches if this is not one of `PATTERNS`."""
+    if kind not in PATTERNS:
+        near = difflib.get_close_matches(kind, PATTERNS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(PATTERNS)}."
+        if kind == "factorised":
+            hint = 'factorised attention is the cycle of layers attention=("frame", "time").'
+        raise ValueError(f"attention pattern={kind!r}: {hint}")

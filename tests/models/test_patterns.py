@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+import itertools
+
+import numpy as np
+import pytest
+
+from stvdm.models.patterns import PATTERNS, Pattern
+
+GRID, WINDOW = (3, 4, 5), (1, 1, 2)
+N = 60
+
+
+@pytest.mark.parametrize("kind", PATTERNS)
+@pytest.mark.parametrize("size", [7, 10, 16])
+def test_a_block_that_is_not_touched_holds_nothing_that_is_seen(kind, size):
+    pattern = Pattern(kind, GRID, WINDOW)
+    numbers = np.arange(2 * N)
+    seen = pattern.sees(numbers[:N, None], numbers[None])
+    assert seen.any() and not seen[:, N:].any(), "numbers past the last token are padding"
+    kept = total = 0
+    for q, k in itertools.product(range(0, N, size), range(0, 2 * N, size)):
+        touched = pattern.touches(q, q + size - 1, k, k + size - 1)
+        assert touched or not seen[q : q + size, k : k + size].any(), (q, k)
+        kept, total = kept + bool(touched), total + 1
+    if kind in ("frame", "window", "block_causal"):
+        assert kept < 0.6 * total, "a pattern with gaps leaves blocks out"
+
+
+def test_blocks_are_told_all_at_once():
+    pattern = Pattern("window", GRID, WINDOW)
+    first = 8 * np.arange(8)
+    table = pattern.touches(first[:, None], first[:, None] + 7, first[None], first[None] + 7)
+    one_by_one = [[pattern.touches(q, q + 7, k, k + 7) for k in first] for q in first]
+    np.testing.assert_array_equal(table, one_by_one)
