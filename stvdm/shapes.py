@@ -119,12 +119,16 @@ def depth_to_space(video_BTHWC: jax.Array, factor: int) -> jax.Array:
     return cut.reshape(B, T, H * factor, W * factor, C // factor**2)
 
 
-def attention_pairs(grid: Size3, pattern: str = "full") -> int:
+def attention_pairs(grid: Size3, pattern: str = "full", *, window: Size3 | None = None) -> int:
     """Query-key pairs of one attention layer over a token grid.
 
     ``full``: N². ``frame``: each frame alone, t (hw)². ``time``: each place alone, hw t². ``factorised``: both,
-    one layer of each. ``block_causal``: a frame sees itself and those before it.
+    one layer of each. ``block_causal``: a frame sees itself and those before it. ``window``: what lies within
+    ``window`` along each axis, of n places with reach r: n (2r + 1) - r (r + 1), and n² where r >= n - 1.
     """
+    if pattern == "window" and window is not None:
+        reach = [min(r, n - 1) for r, n in zip(window, grid, strict=True)]
+        return math.prod(n * (2 * r + 1) - r * (r + 1) for r, n in zip(reach, grid, strict=True))
     t, n = grid[0], grid[1] * grid[2]
     pairs = {
         "full": (t * n) ** 2,

@@ -51,6 +51,10 @@ def test_attention_pairs():
     assert shapes.attention_pairs((7, 1, 1), "time") == 49
     by_hand = sum((i + 1) * 6 * 6 for i in range(5))  # each of 5 frames of 6 tokens sees itself and those before
     assert shapes.attention_pairs((5, 2, 3), "block_causal") == by_hand
+    near = sum(abs(a - b) <= 1 for a in range(5) for b in range(5)) * sum(
+        abs(a - b) <= 2 for a in range(4) for b in range(4)
+    )
+    assert shapes.attention_pairs((5, 4, 2), "window", window=(1, 2, 9)) == near * 2**2
 
 
 def test_video_shape_inverts_latent_shape():

@@ -55,7 +55,8 @@ def forward(
       starts: the numbers of the first query and of the first key in the pattern.
     """
     compute: Any = _xla_forward if backend == "xla" else functools.partial(_splash_forward, backend)
-    out, lse = compute(*_heads_first(q_BnAd, k_BmAd, v_BmAd), valid_Bm, pattern, starts)
+    with _scope(pattern):
+        out, lse = compute(*_heads_first(q_BnAd, k_BmAd, v_BmAd), valid_Bm, pattern, starts)
     seen = _sees_something(lse)
     out, lse = jnp.where(seen[..., None], out, 0.0), jnp.where(seen, lse, NOTHING)
     return out.swapaxes(1, 2), lse.swapaxes(1, 2)[..., None]
@@ -80,7 +81,8 @@ def backward(
     lse_BnA1, dout_BnAd = jnp.where(seen, lse_BnA1, 0.0), jnp.where(seen, dout_BnAd, 0.0).astype(dout_BnAd.dtype)
     arrays = _heads_first(q_BnAd, k_BmAd, v_BmAd)
     given = _heads_first(out_BnAd, lse_BnA1, dout_BnAd)
-    dq, dk, dv = _heads_first(*compute(*arrays, valid_Bm, pattern, starts, *given))
+    with _scope(pattern):
+        dq, dk, dv = _heads_first(*compute(*arrays, valid_Bm, pattern, starts, *given))
     return dq, dk, dv
 
 
@@ -88,6 +90,11 @@ def merge(one: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Array]) 
     """The (out_BnAd, lse_BnA1) over two sets from those of each."""
     lse = jnp.logaddexp(one[1], other[1])
     return one[0] * jnp.exp(one[1] - lse) + other[0] * jnp.exp(other[1] - lse), lse
+
+
+def _scope(pattern: Pattern | None) -> Any:
+    """A name around a kernel that says which share of all pairs is seen: for profiles, and for counting FLOPs."""
+    return jax.named_scope("sees_all" if pattern is None else f"sees_{pattern.share:.6f}_of_all")
 
 
 def _sees_something(lse: jax.Array) -> jax.Array:

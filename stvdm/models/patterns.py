@@ -23,6 +23,8 @@ import difflib
 import math
 from typing import Any
 
+from stvdm import shapes
+
 PATTERNS = ("full", "frame", "time", "window", "block_causal")
 
 Size3 = tuple[int, int, int]
@@ -56,6 +58,11 @@ class Pattern:
     @property
     def num_tokens(self) -> int:
         return math.prod(self.grid)
+
+    @property
+    def share(self) -> float:
+        """Of all pairs of tokens, those that are seen."""
+        return shapes.attention_pairs(self.grid, self.kind, window=self.window) / self.num_tokens**2
 
     def sees(self, query: Any, key: Any) -> Any:
         """True where the query of one number may look at the key of the other; the two broadcast."""

@@ -46,7 +46,10 @@ def _count(jaxpr: Any, times: float, where: str) -> dict[str, float]:
         name, params = equation.primitive.name, equation.params
         if name in _FLOPS:
             part = next((part for pattern, part in _PARTS if re.search(pattern, place)), "optimiser and the rest")
-            counts[part] += times * _FLOPS[name](equation)
+            share = re.search(
+                r"sees_([\d.]+)_of_all", place
+            )  # what an attention pattern leaves of the pairs traced here
+            counts[part] += times * _FLOPS[name](equation) * (float(share[1]) if share else 1.0)
         inside = times
         if name == "scan":
             inside *= params["length"]

@@ -17,6 +17,7 @@ def test_a_block_that_is_not_touched_holds_nothing_that_is_seen(kind, size):
     numbers = np.arange(2 * N)
     seen = pattern.sees(numbers[:N, None], numbers[None])
     assert seen.any() and not seen[:, N:].any(), "numbers past the last token are padding"
+    assert seen.sum() == round(pattern.share * N**2)
     kept = total = 0
     for q, k in itertools.product(range(0, N, size), range(0, 2 * N, size)):
         touched = pattern.touches(q, q + size - 1, k, k + size - 1)

@@ -6,9 +6,11 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from stvdm import sharding
+from stvdm import shapes, sharding
+from stvdm.models.attention import attention
 from stvdm.models.dit import DiT
 from stvdm.planning.flops import count_flops
 
@@ -77,3 +79,12 @@ def test_a_transformer_is_counted_by_part():
     assert counts["self-attention"] == 2 * L * B * 2 * N * N * D
     assert counts["cross-attention"] == 2 * L * B * 2 * N * S * D
     assert counts["projections of attention"] == 2 * L * B * (4 * N + 2 * N + 2 * S) * D * D
+
+
+def test_attention_counts_the_pairs_that_its_pattern_sees():
+    grid, window = (4, 3, 5), (1, 1, 2)
+    x = jax.ShapeDtypeStruct((2, 60, 3, 8), jnp.float32)
+    for pattern in ("full", "frame", "window", "block_causal"):
+        function = functools.partial(attention, grid=grid, pattern=pattern, window=window)
+        pairs = shapes.attention_pairs(grid, pattern, window=window)
+        np.testing.assert_allclose(total(function, x, x, x), 4 * 2 * 3 * 8 * pairs, rtol=1e-5)
