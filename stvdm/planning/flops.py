@@ -46,15 +46,13 @@ def _count(jaxpr: Any, times: float, where: str) -> dict[str, float]:
         name, params = equation.primitive.name, equation.params
         if name in _FLOPS:
             part = next((part for pattern, part in _PARTS if re.search(pattern, place)), "optimiser and the rest")
-            share = re.search(
-                r"sees_([\d.]+)_of_all", place
-            )  # what an attention pattern leaves of the pairs traced here
-            counts[part] += times * _FLOPS[name](equation) * (float(share[1]) if share else 1.0)
+            seen = re.search(r"sees_([\d.]+)_of_all", place)  # the pairs traced here that an attention pattern sees
+            counts[part] += times * _FLOPS[name](equation) * (float(seen[1]) if seen else 1.0)
         inside = times
         if name == "scan":
             inside *= params["length"]
         if name == "shard_map":  # its body is what one device does
-            inside *= math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"])
+            inside *= math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
         inner = [_count(body, inside, place) for body in jaxprs_in_params(params)]
         if name == "cond":
             inner = [max(inner, key=lambda branch: sum(branch.values()))]
