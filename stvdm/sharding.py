@@ -43,8 +43,11 @@ def make_mesh(
 ) -> Mesh:
     """A mesh over all devices with the axes of `MESH_AXES`; one axis may be -1 and takes what is left.
 
+    Where there are several TPU slices, only ``data`` goes from one to the next: their network is far slower than the
+    links inside.
+
     Raises:
-      ValueError: if the axes do not multiply to the number of devices.
+      ValueError: if the axes do not multiply to the number of devices, or ``data`` to that of the slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = dict(zip(MESH_AXES, (data, fsdp, context, tensor), strict=True))
@@ -60,7 +63,17 @@ def make_mesh(
     if free:
         sizes[free[0]] = len(devices) // fixed
     shape = tuple(sizes.values())
-    if devices[0].platform == "tpu":
+    on_tpu = devices[0].platform == "tpu"
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices}) if on_tpu else 1
+    if sizes["data"] % num_slices:
+        raise ValueError(
+            f"mesh={sizes}: data={sizes['data']} is split over {num_slices} slices; make it a multiple of "
+            f"{num_slices}, so that no other axis leaves its slice."
+        )
+    if num_slices > 1:
+        inside, between = (shape[0] // num_slices, *shape[1:]), (num_slices, 1, 1, 1)
+        grid = mesh_utils.create_hybrid_device_mesh(inside, between, devices, allow_split_physical_axes=True)
+    elif on_tpu:
         grid = mesh_utils.create_device_mesh(shape, devices=devices, allow_split_physical_axes=True)
     else:
         grid = np.asarray(devices).reshape(shape)

@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table is strict, and an array lies where the table says."""
 
+import importlib.util
+import os
+import subprocess
+import sys
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -27,6 +32,31 @@ def test_the_free_axis_takes_the_rest():
 def test_a_mesh_that_does_not_fit_is_refused(axes):
     with pytest.raises(ValueError, match="mesh="):
         sharding.make_mesh(**axes)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed: pip install -e '.[tpu]'"
+)
+def test_only_the_data_axis_goes_from_slice_to_slice():
+    code = """
+import numpy as np
+from stvdm import sharding
+from stvdm.planning import chips
+devices = chips.topology("v5e:2x4", num_slices=2).devices
+slices = np.vectorize(lambda device: device.slice_index)(sharding.make_mesh(fsdp=4, devices=devices).devices)
+assert slices.shape == (4, 4, 1, 1)
+assert slices[:2].max() == 0 and slices[2:].min() == 1, slices
+try:
+    sharding.make_mesh(data=1, fsdp=16, devices=devices)
+except ValueError as error:
+    print(error)
+"""
+    environment = dict(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "data=1 is split over 2 slices; make it a multiple of 2" in run.stdout
 
 
 def test_look_up_is_strict():
