@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one console command: `stvdm generate | train | preprocess | evaluate | plan | data`.
+"""The one console command: `stvdm generate | train | supervise | preprocess | evaluate | plan | data`.
 
     stvdm generate "a red ball bounces to the right"
     stvdm train dit --config=configs/quickstart.py --workdir=runs/dit --config.seed=1
@@ -34,7 +34,10 @@ BUNDLED = "bundled"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status (0 done, 2 for what the user can put right, 130 interrupted)."""
+    """Run one command; returns the exit status (0 done, 2 for what the user can put right, 130 interrupted).
+
+    `supervise` has the statuses of `stvdm.train.supervisor`.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     args, rest = parser().parse_known_args(argv)
     args.overrides = rest
@@ -45,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             if not args.debug:
                 warnings.showwarning = _warn
-            args.run(args)
+            status: int | None = args.run(args)
     except KeyboardInterrupt:
         print("\nstvdm: interrupted", file=sys.stderr)
         return 130
@@ -54,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"stvdm: error: {error}\n(`--debug` shows where)", file=sys.stderr)
         return 2
-    return 0
+    return status or 0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -68,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_generate(commands)
     _add_train(commands)
+    _add_supervise(commands)
     _add_preprocess(commands)
     _add_evaluate(commands)
     _add_plan(commands)
@@ -233,6 +237,9 @@ def _train(args: argparse.Namespace) -> None:
     config = _config_of_kind(args, args.stage)
     if args.overfit:
         config.overfit = True
+    from stvdm.train import supervisor
+
+    supervisor.join()
     _compilation_cache()
     importlib.import_module(f"stvdm.train.{args.stage}").main(config, args.workdir)
 
@@ -245,6 +252,48 @@ def _config_of_kind(args: argparse.Namespace, kind: str) -> "ConfigDict":
             f"so name another file or variant, or use `stvdm train {config.kind}`"
         )
     return config
+
+
+# ----------------------------------------------------------------------------------------------------------- supervise
+
+
+def _add_supervise(commands: Any) -> None:
+    from stvdm.train import compiler_flags
+
+    command = _command(
+        commands,
+        "supervise",
+        _supervise,
+        "keep a training going: start it again when it dies or freezes",
+        "stvdm supervise -- stvdm train dit --config=configs/quickstart.py:dit --workdir=runs/dit",
+        "On SIGTERM the training is asked to save and to leave. Exit status: 0 finished, 75 saved and to be started "
+        "again, any other: given up. On a TPU slice every worker runs this, with --chip; launch/ does that.",
+    )
+    command.add_argument("--processes", type=_count, default=1, metavar="N", help="of one job, on this machine")
+    command.add_argument(
+        "--chip", choices=tuple(compiler_flags.COMPILER_FLAGS), help="this machine is a worker of a slice of such chips"
+    )
+    command.add_argument(
+        "--timeout-s", type=_count, default=1800, metavar="S", help="frozen after so long without a step (default 1800)"
+    )
+    command.add_argument("--grace-s", type=_count, default=120, metavar="S", help="time to save in (default 120)")
+    command.add_argument(
+        "--max-failures", type=_count, default=5, metavar="N", help="in a row without progress, to give up (default 5)"
+    )
+    command.add_argument("program", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what to keep going")
+
+
+def _supervise(args: argparse.Namespace) -> int:
+    from stvdm.train import supervisor
+
+    return supervisor.supervise(
+        args.program[1:] if args.program[:1] == ["--"] else args.program,
+        processes=args.processes,
+        chip=args.chip,
+        timeout=args.timeout_s,
+        grace=args.grace_s,
+        max_failures=args.max_failures,
+    )
 
 
 # ---------------------------------------------------------------------------------------------- preprocess and evaluate

@@ -48,6 +48,8 @@ LADDER = """
     evaluation.tracking
     evaluation.physics
     evaluation.run
+    train.compiler_flags
+    train.supervisor
     train.state
     train.telemetry
     train.autoencoder

@@ -11,7 +11,8 @@
     telemetry.close()
 
 In `workdir`: `metrics.jsonl` (one record a line, appended over restarts), `tensorboard/`, `previews/NAME-STEP.png`.
-Only process 0 writes; on the others every method still reads its arrays, so that all processes compute the same.
+Only process 0 writes; on the others every method still reads its arrays, so that all processes compute the same. All
+tell their supervisor, if there is one, that they get on.
 
 Object stores (gs://, s3://) know no appending, and tensorboardX cannot write there: with such a `workdir` the files are
 written to a local folder and copied at most once in `copy_seconds`, and by `close()`.
@@ -31,6 +32,8 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 from etils import epath
+
+from stvdm.train import supervisor
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -65,8 +68,9 @@ class Telemetry:
         self._copy_seconds = copy_seconds
         self._seconds: dict[str, float] = {}
         self._charged = 0.0  # all seconds charged so far, never reset: what a `timed` subtracts for those inside it
-        self._last_step = first_step
+        self._first_step = self._last_step = first_step
         self._last_time = self._last_copy = time.monotonic()
+        supervisor.beat(first_step)
         if not self._writes:
             return
 
@@ -95,6 +99,7 @@ class Telemetry:
             own = time.monotonic() - began - (self._charged - before)
             self._charged += own
             self._seconds[what] = self._seconds.get(what, 0.0) + own
+            supervisor.beat(self._first_step)
 
     def record(self, step: int, metrics: Mapping[str, Any], *, prefix: str = "") -> dict[str, Any]:
         """Write one line of metrics, and say how far along the run is.

@@ -4,6 +4,7 @@
 import io
 import json
 import math
+import os
 
 import jax.numpy as jnp
 import numpy as np
@@ -55,6 +56,18 @@ def test_metrics_survive_a_restart(tmp_path):
                 telemetry.record(step, {"loss": 10 * first + step})
     assert len(strict_lines(tmp_path / "metrics.jsonl")) == 6
     assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path)] == [(1, 1), (2, 2), (3, 23), (4, 24), (5, 25)]
+
+
+def test_every_process_beats_whatever_it_does(tmp_path, monkeypatch):
+    heartbeat = tmp_path / "beat"
+    monkeypatch.setenv("STVDM_HEARTBEAT", str(heartbeat))
+    monkeypatch.setattr(telemetry_module.jax, "process_index", lambda: 1)
+    with Telemetry(tmp_path, num_steps=9, first_step=4) as telemetry:
+        assert heartbeat.read_text() == "4"
+        os.utime(heartbeat, (0, 0))
+        with telemetry.timed("save"):
+            assert heartbeat.stat().st_mtime == 0
+        assert heartbeat.stat().st_mtime > 0
 
 
 def test_training_and_evaluation_of_one_step_are_both_kept(tmp_path):
