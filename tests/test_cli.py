@@ -197,6 +197,24 @@ def test_train_reads_config_variant_and_overrides(config_file, calls):
     assert config.is_locked
 
 
+def test_train_joins_the_other_processes_before_anything_else(config_file, calls, monkeypatch):
+    from stvdm.train import supervisor
+
+    monkeypatch.setattr(supervisor, "join", lambda: calls.append("join"))
+    assert cli.main(["train", "dit", f"--config={config_file}", "--workdir=w"]) == 0
+    assert calls[0] == "join" and calls[1][0] == "dit"
+
+
+def test_supervise_passes_everything_on_and_leaves_with_its_status(stand_in):
+    noted = []
+    stand_in("stvdm.train.supervisor", supervise=lambda *args, **kwargs: noted.append((args, kwargs)) or 75)
+    command = ["stvdm", "train", "dit", "--config=c.py", "--config.a.b=1", "--", "x"]
+    assert cli.main([*"supervise --processes=2 --timeout-s 60 --max-failures=3 --".split(), *command]) == 75
+    assert noted == [
+        ((command,), {"processes": 2, "chip": None, "timeout": 60, "grace": 120, "max_failures": 3}),
+    ]
+
+
 def test_train_autoencoder_goes_to_its_trainer(config_file, calls):
     assert cli.main(["train", "autoencoder", f"--config={config_file}:autoencoder", "--workdir=w"]) == 0
     assert calls[0][0] == "autoencoder"
@@ -355,7 +373,7 @@ def test_data_check_prints_what_would_be_skipped(tmp_path, capsys):
 
 
 def test_help_of_every_command_has_an_example_that_parses(capsys):
-    for command in ("generate", "train", "preprocess", "evaluate", "data kinetic_shapes", "data check"):
+    for command in ("generate", "train", "supervise", "preprocess", "evaluate", "data kinetic_shapes", "data check"):
         with pytest.raises(SystemExit) as stopped:
             cli.main([*command.split(), "--help"])
         assert stopped.value.code == 0

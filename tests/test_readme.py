@@ -12,7 +12,7 @@ from stvdm import cli
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
-DOCUMENTS = ("README.md", "CONTRIBUTING.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "launch/README.md")
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -20,11 +20,12 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def commands(name: str) -> list[str]:
-    """Every `stvdm ...` of a document's code blocks, without what is chained before it."""
+    """Every `stvdm ...` of a document's code blocks, also after `... &&` and after the `--` of supervise and launch."""
     text = (ROOT / name).read_text("utf-8")
     found = blocks(text, "bash") + re.findall(r"(?:^    .*\n)+", text, re.M)
     lines = re.sub(r"\\\n\s*", " ", "\n".join(found)).splitlines()
-    return [part.strip() for line in lines for part in line.split("&&") if part.strip().startswith("stvdm ")]
+    parts = [part.strip() for line in lines for part in re.split(r"&&|(?<= )-- ", line)]
+    return [part + " -- true" * part.startswith("stvdm supervise") for part in parts if part.startswith("stvdm ")]
 
 
 PATH = re.compile(r"[\w.-]+(\.\w+|/)|LICENSE")
@@ -91,4 +92,4 @@ def test_the_test_command_is_what_ci_runs():
 def test_linked_files_exist():
     for name in DOCUMENTS:
         for target in re.findall(r"\]\((?!https?:|#)([^)]+)\)", (ROOT / name).read_text("utf-8")):
-            assert (ROOT / target).exists(), f"{name} links to {target}"
+            assert (ROOT / name).parent.joinpath(target).exists(), f"{name} links to {target}"

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+# shellcheck shell=bash
+# Sourced by the scripts beside it: a command is run, or with --dry-run printed as it would be typed.
+
+dry_run=no
+
+die() { # die MESSAGE...: got, expected, what to change
+    printf '%s: %s\n' "${0##*/}" "$*" >&2
+    exit 2
+}
+
+quoted() { # quoted WORD...: one line that a shell reads back as exactly these words
+    local word escaped="'\\''" separator=""
+    for word in "$@"; do
+        if [[ ! $word =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]]; then word="'${word//\'/$escaped}'"; fi
+        printf '%s%s' "$separator" "$word"
+        separator=" "
+    done
+}
+
+run() { # run COMMAND...
+    if [ "$dry_run" = yes ]; then
+        quoted "$@"
+        echo
+    else
+        "$@"
+    fi
+}
+
+check_name() { # check_name NAME LONGEST
+    if [[ ! $1 =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] || [ "${#1}" -gt "$2" ]; then
+        die "NAME='$1': expected at most $2 lower-case letters, digits and hyphens, a letter first; e.g. dit-large"
+    fi
+}
+
+check_count() { # check_count FLAG VALUE
+    [[ $2 =~ ^[1-9][0-9]*$ ]] || die "$1=$2: expected a whole number of at least 1; e.g. $1=2"
+}
+
+check_training() { # check_training COMMAND...: there is one, and what it writes outlives these machines
+    [ $# -gt 0 ] || die "start: got no command, expected one after --; e.g. -- stvdm train dit --config=... --workdir=gs://..."
+    local word before=""
+    for word in "$@"; do
+        case "$before$word" in
+            --workdir=gs://?* | "--workdir gs://"?*) ;;
+            --workdir=* | "--workdir "*)
+                die "--workdir=${word#--workdir=}: expected gs://BUCKET/FOLDER, which all workers share and which outlives them"
+                ;;
+        esac
+        before=""
+        if [ "$word" = --workdir ]; then before="--workdir "; fi
+    done
+}

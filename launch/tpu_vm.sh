@@ -1,0 +1,134 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Trainings on Cloud TPU VMs, from a single one to several slices, by queued resources.
+set -euo pipefail
+
+usage() {
+    cat <<'EOF'
+launch/tpu_vm.sh [--dry-run] ACTION NAME --zone=ZONE [...]
+
+  create   --accelerator=TYPE [--slices=N] [--spot | --reserved] [--runtime-version=V] [-- MORE GCLOUD FLAGS]
+           ask for TPUs: v5litepod-16, v5p-8, v6e-64, ...; without --spot and --reserved they are on-demand
+  wait     until they are there
+  install  put the commit that is checked out here on all workers, with its packages
+  start    --chip=v5e|v5p|v6e -- stvdm train ... --workdir=gs://BUCKET/FOLDER
+           on all workers; each has a supervisor that restarts what dies and resumes it
+  logs     of the first worker, as they come
+  stop     on all workers: the training saves and leaves; the same start goes on from there
+  delete   give the TPUs back
+
+--dry-run prints the commands, quoted so that they can be pasted, and runs none.
+EOF
+}
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=launch/commands.sh
+. "$here/commands.sh"
+
+if [ "${1:-}" = --dry-run ]; then
+    dry_run=yes
+    shift
+fi
+case "${1:-}" in
+    -h | --help)
+        usage
+        exit 0
+        ;;
+    create | wait | install | start | logs | stop | delete) action=$1 ;;
+    *) die "ACTION='${1:-}': expected create, wait, install, start, logs, stop or delete; --help explains them" ;;
+esac
+name=${2:-}
+check_name "$name" 60
+shift 2
+
+zone="" accelerator="" slices=1 tier="" runtime="" chip=""
+while [ $# -gt 0 ]; do
+    case "$action $1" in
+        *" --zone="*) zone=${1#*=} ;;
+        "create --accelerator="*) accelerator=${1#*=} ;;
+        "create --slices="*) slices=${1#*=} ;;
+        "create --runtime-version="*) runtime=${1#*=} ;;
+        "create --spot" | "create --reserved")
+            [ -z "$tier" ] || die "$tier and $1: expected one of them at most, so leave one out"
+            tier=$1
+            ;;
+        "start --chip="*) chip=${1#*=} ;;
+        "create --" | "start --")
+            shift
+            break
+            ;;
+        *) die "'$1': $action takes no such argument; --help lists what it takes" ;;
+    esac
+    shift
+done
+[ -n "$zone" ] || die "--zone is missing: expected the zone of the TPUs; e.g. --zone=us-east5-b"
+
+qr() { # qr VERB ARGUMENT...: of gcloud's queued resources
+    run gcloud compute tpus queued-resources "$@" --zone="$zone"
+}
+
+everywhere() { # everywhere COMMAND: a line of shell, on all workers of all slices
+    qr ssh "$name" --node=all --worker=all --command="$1"
+}
+
+case "$action" in
+    create)
+        check_count --slices "$slices"
+        # https://docs.cloud.google.com/tpu/docs/runtimes
+        case "$accelerator" in
+            v5litepod-[1-9]*) runtime=${runtime:-v2-alpha-tpuv5-lite} ;;
+            v5p-[1-9]*) runtime=${runtime:-v2-alpha-tpuv5} ;;
+            v6e-[1-9]*) runtime=${runtime:-v2-alpha-tpuv6e} ;;
+            tpu7x*) die "--accelerator=$accelerator: TPU7x is only to be had in GKE, so use launch/gke.sh" ;;
+            *) die "--accelerator='$accelerator': expected v5litepod-N, v5p-N or v6e-N; e.g. --accelerator=v6e-16" ;;
+        esac
+        nodes=(--node-id="$name")
+        if [ "$slices" -gt 1 ]; then nodes=(--node-count="$slices" --node-prefix="$name"); fi
+        qr create "$name" --accelerator-type="$accelerator" --runtime-version="$runtime" "${nodes[@]}" \
+            ${tier:+"$tier"} "$@"
+        ;;
+    wait)
+        while true; do
+            state=$(qr describe "$name" --format="value(state.state)")
+            echo "$state"
+            if [ "$dry_run" = yes ]; then break; fi
+            case "$state" in
+                ACTIVE) break ;;
+                FAILED | SUSPENDING | SUSPENDED | DELETING)
+                    die "$name is $state: expected that it becomes ACTIVE; delete it and create it anew" ;;
+            esac
+            sleep 30
+        done
+        ;;
+    install)
+        archive=stvdm-install-$(id -u).tar.gz
+        if [ -n "$(git -C "$here/.." status --porcelain)" ]; then
+            echo "${0##*/}: what is not committed stays here" >&2
+        fi
+        run git -C "$here/.." archive --format=tar.gz --output="${TMPDIR:-/tmp}/$archive" HEAD
+        qr scp "${TMPDIR:-/tmp}/$archive" "$name:$archive" --node=all --worker=all
+        run rm -f "${TMPDIR:-/tmp}/$archive"
+        # The image's own Python is older than 3.11; uv brings one.
+        everywhere "rm -rf stvdm && mkdir stvdm && tar -xzf $archive -C stvdm && cd stvdm \
+&& python3 -m pip install --user --quiet --upgrade uv && ~/.local/bin/uv venv --quiet --python 3.11 .venv \
+&& ~/.local/bin/uv pip install --quiet --python .venv -e '.[tpu]' && .venv/bin/stvdm --version"
+        ;;
+    start)
+        case "$chip" in
+            v5e | v5p | v6e) ;;
+            *) die "--chip='$chip': expected v5e, v5p or v6e, for the compiler's flags; v5litepod is v5e" ;;
+        esac
+        check_training "$@"
+        # A file, since systemd has its own ideas about $ and % in arguments. The unit keeps the run when ssh ends, lets
+        # the supervisor alone be asked to stop, when the machine is taken away too, and cannot be started twice.
+        # shellcheck disable=SC2016 # $HOME and $PATH are the worker's
+        script='export PATH="$HOME/stvdm/.venv/bin:$PATH"; exec stvdm supervise --grace-s=120'
+        script="$script $(quoted --chip="$chip" -- "$@")"
+        everywhere "cd stvdm && printf '%s\\n' $(quoted "$script") > start.sh && sudo systemd-run --unit=stvdm --collect \
+--uid=\"\$(id -u)\" --working-directory=\"\$PWD\" --property=KillMode=mixed --property=TimeoutStopSec=150 \
+/bin/bash \"\$PWD/start.sh\""
+        ;;
+    logs) qr ssh "$name" --node=0 --worker=0 --command="sudo journalctl --unit=stvdm --lines=100 --follow" ;;
+    stop) everywhere "sudo systemctl stop stvdm" ;;
+    delete) qr delete "$name" --force --quiet ;;
+esac
