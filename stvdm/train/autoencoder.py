@@ -114,7 +114,7 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
         state, first_step = state_lib.resume(checkpoints, state, batches.position)
         batches.step = first_step
         train_step = jax.jit(run.step, donate_argnums=0, out_shardings=(shardings, None))
-        evaluate = jax.jit(run.evaluate)
+        evaluate = jax.jit(run.evaluate, out_shardings=sharding.replicated(mesh))  # so that every process can read it
         only_batch = next(batches) if config.overfit else None
 
         # Loop.
@@ -159,10 +159,10 @@ def latent_statistics(
 ) -> dict[str, np.ndarray]:
     """Per-channel mean and deviation of the latents of ``config.statistics_batches`` training batches."""
 
-    @jax.jit
     def encode(params: Tree, batch: Tree) -> jax.Array:
         return model.apply({"params": params["autoencoder"]}, to_model_range(batch["video"]), method="encode")[0]
 
+    encode = jax.jit(encode, out_shardings=sharding.replicated(mesh))  # so that every process can read it
     return autoencoder3d.latent_statistics(
         encode(params, state_lib.to_mesh(batches.batch_at(i), mesh)) for i in range(config.statistics_batches)
     )
