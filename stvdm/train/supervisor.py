@@ -29,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import NamedTuple
 
 from stvdm.train import compiler_flags
@@ -86,6 +87,7 @@ def join() -> None:
             place.append(int(value))
     import jax
 
+    sys.excepthook = _leave_at_once
     if coordinator == AUTO:
         jax.distributed.initialize()
     else:
@@ -156,6 +158,13 @@ def supervise(
             _say(f"{end.what}; starting again in {delay:g} s ({failures} of {max_failures} times without progress)")
             if _slept(delay, asked):
                 return end.status
+
+
+def _leave_at_once(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Ends a process that failed before JAX, at its exit, waits minutes for others that wait for it."""
+    sys.__excepthook__(kind, error, trace)
+    sys.stderr.flush()
+    os._exit(1)
 
 
 class _End(NamedTuple):

@@ -15,6 +15,7 @@ import pytest
 
 from stvdm.train import supervisor
 from stvdm.train.compiler_flags import COMPILER_FLAGS
+from stvdm.train.telemetry import read_metrics
 
 # A training in small: each start is noted; `step` is what has been "saved", and survives.
 PRELUDE = """
@@ -351,11 +352,27 @@ def test_joining_is_what_the_environment_says(environment, called_with, monkeypa
     import jax
 
     calls = []
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # put back afterwards
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kwargs: calls.append((args, kwargs)))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     supervisor.join()
     assert calls == ([called_with] if called_with else [])
+
+
+def test_one_of_several_that_fails_leaves_at_once_and_says_why():
+    code = """
+import atexit, time
+from stvdm.train import supervisor
+import jax
+jax.distributed.initialize = lambda: atexit.register(time.sleep, 60)  # as JAX waits for the others
+supervisor.join()
+raise RuntimeError("no such luck")
+"""
+    environment = {**os.environ, "STVDM_COORDINATOR": "auto"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=50)
+    assert run.returncode == 1
+    assert run.stderr.endswith("RuntimeError: no such luck\n")
 
 
 def test_half_a_description_of_the_job_is_refused(monkeypatch):
@@ -384,3 +401,64 @@ def test_it_needs_nothing_but_the_standard_library():
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     packages = {name.partition(".")[0] for name in run.stdout.split()} - {"stvdm"}
     assert not {name for name in packages - set(sys.stdlib_module_names) if not name.startswith("_")}
+
+
+# ---------------------------------------------------------------------------------------------------- a real training
+
+CONFIG = """
+from stvdm import config as base
+
+def get_config():
+    config = base.autoencoder()
+    config.model.update(dict(latent_channels=4, width=4, multipliers=(1, 2), num_res_blocks=1, spatial_down=(True,),
+        temporal_down=(True,), unshuffle=2, convolution="separable", middle_attention=False))
+    config.data.buckets = ((5, 16, 16, 8, 1.0),)
+    config.data.num_clips = 64
+    config.optimizer.schedule = "constant"
+    config.optimizer.warmup_steps = 0
+    config.statistics_batches = 1
+    config.total_steps = 30
+    config.log_every = 1
+    config.eval_every = 30
+    config.eval_batches = 1
+    config.checkpoint_every = 4
+    return config.lock()
+"""
+
+
+@pytest.mark.slow
+def test_a_training_is_killed_and_its_losses_go_on_as_if_nothing_had_happened(tmp_path, capfd):
+    (tmp_path / "config.py").write_text(CONFIG)
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+
+    def start(workdir):
+        python = [sys.executable, "-m", "stvdm.cli"]
+        train = [*python, "train", "autoencoder", "--config=config.py", f"--workdir={workdir}"]
+        return subprocess.Popen([*python, "supervise", "--", *train], cwd=tmp_path, env=environment)
+
+    def lines(workdir):
+        path = tmp_path / workdir / "metrics.jsonl"
+        return len(path.read_text().splitlines()) if path.exists() else 0
+
+    parts, whole = start("parts"), None
+    try:
+        wait_until(lambda: lines("parts") >= 10, seconds=900)
+        killed_at = lines("parts")
+        (child,) = Path(f"/proc/{parts.pid}/task/{parts.pid}/children").read_text().split()
+        os.kill(int(child), signal.SIGKILL)
+        assert parts.wait(900) == 0
+        whole = start("whole")
+        assert whole.wait(900) == 0
+    finally:
+        for process in filter(None, (whole, parts)):
+            if process.poll() is None:
+                for _ in range(2):  # asked twice, it leaves nothing behind
+                    process.terminate()
+                    time.sleep(1)
+    assert "the process was killed by SIGKILL; starting again" in capfd.readouterr().err
+    assert 31 < lines("parts") < 31 + killed_at  # some steps again, but not from the first; one line is an evaluation
+    losses = {name: [r["loss"] for r in read_metrics(tmp_path / name) if "loss" in r] for name in ("whole", "parts")}
+    assert len(losses["whole"]) == 30
+    assert losses["parts"] == losses["whole"]
+    models = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "parts")]
+    assert models[0] == models[1]
