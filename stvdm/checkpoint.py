@@ -5,16 +5,29 @@ A run's checkpoints hold everything needed to go on, sharded as it lies on the m
 what is needed to use it, in two files that any tool can read: ``model.safetensors`` and ``model.json``.
 
     with Checkpoints(workdir, keep=2) as checkpoints:
-        state, position = checkpoints.restore(state)          # the newest, if there is one
+        state, position = checkpoints.restore(state)          # the newest whole one, if there is one
         checkpoints.save(step, state, position=position, config=config)
     save_model(directory, params, description);  params, description = load_model(directory)
+
+A step counts once its *manifest* is written: ``STEP/manifest/P-of-N.json``, the size and SHA-256 of every file, made
+when all processes have written theirs. It is checked before a step is restored: a flipped byte, a truncated or a
+missing file is named in a warning, and the step before is taken.
+
+What that costs: digests are of what lies on the disk, read once after writing, behind the training that goes on, and
+once before restoring. Each of N processes reads every N-th file, streaming, in several threads, so that a terabyte on
+64 hosts is 16 GB a host; nothing is sent between hosts but the verdict. SHA-256 rather than a shorter sum because
+processors have instructions for it and `sha256sum` can check by hand what a manifest says.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -23,78 +36,299 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from flax import traverse_util
+from jax.experimental import multihost_utils
 
 Tree = Any
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
+MANIFEST = "manifest"
 
 # safetensors' own NumPy reader knows no bfloat16.
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 
+_UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of folders that Orbax has not finished
+_DIGEST_THREADS = 4
+_CHUNK = 4 << 20  # bytes read at once
+
 
 class Checkpoints:
-    """The checkpoints under ``workdir/checkpoints``, saved asynchronously; a half-written one is never seen."""
+    """The checkpoints under ``workdir/checkpoints``, saved asynchronously; a half-written or damaged one is never used.
+
+    All processes of a run make the same calls in the same order, and see the same folder.
+
+    Args:
+      workdir: the run's folder, local (or shared by all hosts), or an object store.
+      keep: how many whole checkpoints stay; while one is being saved there is one more.
+    """
 
     def __init__(self, workdir: epath.PathLike, *, keep: int = 2) -> None:
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        self._manager = ocp.CheckpointManager(
-            epath.Path(workdir).expanduser().absolute() / "checkpoints",
-            options=options,
-            item_names=("state", "position", "config"),
-        )
+        self._folder = epath.Path(workdir).expanduser().absolute() / "checkpoints"
+        self._keep = keep
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._saving: tuple[int, Future[None]] | None = None
+        self._newest: int | None = None
+        self._has_looked = False
 
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._manager.close()  # waits for the save under way
+        self.close()
 
     @property
     def latest(self) -> int | None:
-        """Step of the newest whole checkpoint."""
-        return self._manager.latest_step()
+        """Step of the newest whole checkpoint; None if there is none. What is found on the disk is checked, once.
+
+        Raises:
+          ValueError: if there are checkpoints, and all are damaged.
+        """
+        self.wait()
+        if not self._has_looked:
+            self._newest, self._has_looked = self._newest_whole(), True
+        return self._newest
 
     def save(self, step: int, state: Tree, *, position: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-        """Saves one step, unless it is saved already.
+        """Begins to save one step, unless it is saved already; `wait` and the next `save` wait until it is whole.
 
         Args:
           state: a tree of (global) arrays.
           position: where the data stands, as JSON: enough to draw the batch of ``step`` next.
           config: the resolved config, as JSON.
+
+        Raises:
+          OSError: if this one can't be begun or the one before was not finished, e.g. for want of space. The whole
+            ones before are as they were.
         """
-        if step in self._manager.all_steps():
+        if step == self.latest:
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                position=ocp.args.JsonSave(dict(position)),
-                config=ocp.args.JsonSave(dict(config)),
-            ),
-        )
+        with self._explained(step):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._sweep()
+            self._checkpointer.save(
+                self._folder / str(step),
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    position=ocp.args.JsonSave(dict(position)),
+                    config=ocp.args.JsonSave(dict(config)),
+                    # Comes with the step, atomically: so a step whose manifest was never finished is known.
+                    **{MANIFEST: ocp.args.JsonSave({"processes": jax.process_count()})},
+                ),
+                force=True,  # in place of a damaged one of this step
+            )
+        self._saving = (step, self._thread.submit(self._seal, step))
+
+    def wait(self) -> None:
+        """Returns when the save under way is whole.
+
+        Raises:
+          OSError: if it was not finished.
+        """
+        if self._saving is None:
+            return
+        (step, sealed), self._saving = self._saving, None
+        with self._explained(step):
+            sealed.result()
+        self._newest, self._has_looked = step, True
+
+    def close(self) -> None:
+        """Waits for the save under way, and lets go of the threads."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._checkpointer.close()
 
     def restore(self, state: Tree) -> tuple[Tree, dict[str, Any]]:
-        """The newest checkpoint, in the dtypes and shardings of ``state`` (arrays or ShapeDtypeStructs).
+        """The newest whole checkpoint, in the dtypes and shardings of ``state`` (arrays or ShapeDtypeStructs).
 
         Raises:
           FileNotFoundError: if there is none.
-          ValueError: if its arrays have other names or shapes than ``state``.
+          ValueError: if all are damaged, or the arrays have other names or shapes than ``state``.
         """
-        step = self.latest
-        if step is None:
-            raise FileNotFoundError(f"{self._manager.directory}: no checkpoint here.")
-        found = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state)),
-                position=ocp.args.JsonRestore(),
-            ),
+        found = self._restored(
+            state=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state)),
+            position=ocp.args.JsonRestore(),
         )
         return found["state"], found["position"]
 
     def config(self) -> dict[str, Any]:
-        """The config that the newest checkpoint was trained with."""
-        return self._manager.restore(self.latest, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
+        """The config that the newest whole checkpoint was trained with."""
+        return self._restored(config=ocp.args.JsonRestore())["config"]
+
+    def _restored(self, **items: Any) -> Any:
+        step = self.latest
+        if step is None:
+            raise FileNotFoundError(f"{self._folder}: no checkpoint here.")
+        return self._checkpointer.restore(self._folder / str(step), args=ocp.args.Composite(**items))
+
+    def _steps(self) -> list[int]:
+        """Of all checkpoints that Orbax finished, whole or not."""
+        if not self._folder.exists():
+            return []
+        return sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdigit())
+
+    def _newest_whole(self) -> int | None:
+        damaged = []
+        for step in reversed(_of_process_zero(self._steps())):
+            folder = self._folder / str(step)
+            if _said_by_any("" if _counts(folder) else "no"):
+                warnings.warn(f"{folder}: its save was not finished, so the step before is taken", stacklevel=4)
+                continue
+            share = damage(folder, process_index=jax.process_index(), process_count=jax.process_count())
+            more = [f"and {len(share) - 5} files more"] if len(share) > 5 else []
+            if not (problems := _said_by_any("; ".join(share[:5] + more))):
+                return step
+            warnings.warn(f"{folder} is damaged, so the step before is taken: {problems}", stacklevel=4)
+            damaged.append(f"{folder}: {problems}")
+        if damaged:
+            raise ValueError(
+                "no whole checkpoint is left to go on from:\n  - "
+                + "\n  - ".join(damaged)
+                + "\nso bring these files back from a copy, or start again in a new workdir."
+            )
+        return None
+
+    def _seal(self, step: int) -> None:
+        """In a thread: when all processes have written, this one's part of the manifest; then the oldest go."""
+        folder = self._folder / str(step)
+        try:
+            self._checkpointer.wait_until_finished()
+            _write_manifest(folder, process_index=jax.process_index(), process_count=jax.process_count())
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self._sweep()  # what was half written would keep the disk full
+            raise
+        if jax.process_index() == 0:
+            # Of the step just saved, other processes may still be at their parts: then it does not count yet.
+            steps = self._steps()
+            whole = [step for step in steps if _counts(self._folder / str(step))]
+            for old in steps:
+                if len(whole) > self._keep and old < whole[-self._keep]:
+                    (self._folder / str(old)).rmtree()
+
+    def _sweep(self) -> None:
+        """Removes what saves that died have left."""
+        if jax.process_index() == 0 and self._folder.exists():
+            for path in self._folder.glob(f"*{_UNFINISHED}*"):
+                path.rmtree()
+
+    @contextlib.contextmanager
+    def _explained(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            reason = str(error).strip().splitlines()
+            room = "" if "://" in str(self._folder) else f" {_free_mib(self._folder):,} MiB are free there;"
+            kept = "no step was saved before" if self._newest is None else f"step {self._newest} is whole and untouched"
+            raise OSError(
+                f"step {step} was not saved in {self._folder}: {reason[0] if reason else type(error).__name__};{room} "
+                f"{kept}. Make room, or see to what is said above, and give the same command again to go on."
+            ) from error
+
+
+def damage(folder: epath.PathLike, *, process_index: int = 0, process_count: int = 1) -> list[str]:
+    """What is wrong with the files of a checkpoint, by its manifest: a line each, nothing if it is as it was saved.
+
+    Args:
+      folder: of one step.
+      process_index, process_count: which share of the files to read.
+    """
+    folder = epath.Path(folder)
+    if not (folder / MANIFEST).exists():
+        warnings.warn(f"{folder} has no manifest (an earlier version made it), so it can't be checked", stacklevel=2)
+        return []
+    files: dict[str, dict[str, Any]] = {}
+    problems, totals = [], set()
+    for path in _manifest_parts(folder):
+        try:
+            part = json.loads(path.read_text())
+            if part["sha256"] != _digest_of_json([part["files"], part["num_files"]]):
+                raise ValueError
+        except (ValueError, KeyError, TypeError):
+            problems.append(f"{MANIFEST}/{path.name} was changed")
+            continue
+        files |= part["files"]
+        totals.add(part["num_files"])
+    if not problems and totals != {len(files)}:
+        problems.append(f"{MANIFEST} holds {len(files)} files, expected {sorted(totals)}")
+
+    def look(name: str) -> str:
+        expected, path = files[name], folder / name
+        try:
+            if not path.exists():
+                return f"{name} is missing"
+            if (size := path.stat().length) != expected["bytes"]:
+                return f"{name} has {size:,} bytes, expected {expected['bytes']:,}"
+            if (digest := _digest_of(path)) != expected["sha256"]:
+                return f"{name} was changed: sha256 {digest[:12]}..., expected {expected['sha256'][:12]}..."
+        except OSError as error:
+            return f"{name} can't be read: {error}"
+        return ""
+
+    with ThreadPoolExecutor(_DIGEST_THREADS) as threads:
+        return problems + list(filter(None, threads.map(look, sorted(files)[process_index::process_count])))
+
+
+def _write_manifest(folder: epath.Path, *, process_index: int, process_count: int) -> None:
+    """This process's part: of every N-th file, and how many there are in all."""
+    paths = {str((at / name).relative_to(folder)): at / name for at, _, names in folder.walk() for name in names}
+    names = sorted(name for name in paths if not (name.startswith(f"{MANIFEST}/") and "-of-" in name))
+    mine = names[process_index::process_count]
+    with ThreadPoolExecutor(_DIGEST_THREADS) as threads:
+        digests = threads.map(lambda name: _digest_of(paths[name]), mine)
+        files = {
+            name: {"bytes": paths[name].stat().length, "sha256": digest}
+            for name, digest in zip(mine, digests, strict=True)
+        }
+    part = {"files": files, "num_files": len(names), "sha256": _digest_of_json([files, len(names)])}
+    _write(folder / MANIFEST / f"{process_index}-of-{process_count}.json", json.dumps(part, indent=1).encode())
+
+
+def _manifest_parts(folder: epath.Path) -> list[epath.Path]:
+    return sorted(path for path in (folder / MANIFEST).iterdir() if "-of-" in path.name and path.suffix == ".json")
+
+
+def _counts(folder: epath.Path) -> bool:
+    """Whether all processes have written their parts of the manifest (or it is from before there were manifests)."""
+    if not (folder / MANIFEST).exists():
+        return True
+    parts = _manifest_parts(folder)
+    return bool(parts) and len(parts) == int(parts[0].stem.rpartition("-")[2])
+
+
+def _digest_of(path: epath.Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _digest_of_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _of_process_zero(steps: list[int]) -> list[int]:
+    """The same list on every process."""
+    if jax.process_count() == 1:
+        return steps
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
+    found = multihost_utils.broadcast_one_to_all(np.resize(np.asarray([*steps, 0], np.int32), length))
+    return [int(step) for step in found]
+
+
+def _said_by_any(text: str) -> str:
+    """What any process says, on every process; "" if none says anything."""
+    if jax.process_count() == 1:
+        return text
+    said = np.frombuffer(text.encode()[:1024].ljust(1024, b"\0"), np.uint8)
+    rows = [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in multihost_utils.process_allgather(said)]
+    return "; ".join(dict.fromkeys(filter(None, rows)))
+
+
+def _free_mib(folder: epath.Path) -> int:
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free >> 20
 
 
 def save_model(directory: epath.PathLike, params: Tree, description: Mapping[str, Any]) -> str:

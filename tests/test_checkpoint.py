@@ -2,11 +2,15 @@
 """What is saved comes back: bit for bit, on any mesh, and never half of it."""
 
 import json
+import re
+import shutil
+import subprocess
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from stvdm import checkpoint, sharding
 
@@ -60,6 +64,147 @@ def test_without_a_checkpoint_there_is_a_clear_error(tmp_path):
         assert checkpoints.latest is None
         with pytest.raises(FileNotFoundError, match="no checkpoint here"):
             checkpoints.restore(_tree())
+
+
+@pytest.fixture
+def two_steps(tmp_path):
+    """A folder with checkpoints of steps 1 and 2, all of whose values are the step's."""
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2):
+            state = {"w": jnp.full((64, 64), float(step)), "step": jnp.int32(step)}
+            checkpoints.save(step, state, position={"step": step}, config={"seed": step})
+    return tmp_path
+
+
+def _flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def _restored(folder):
+    with checkpoint.Checkpoints(folder) as checkpoints:
+        target = {"w": jnp.zeros((64, 64)), "step": jnp.int32(0)}
+        state, position = checkpoints.restore(target)
+        assert checkpoints.config() == {"seed": position["step"]}
+    np.testing.assert_array_equal(state["w"], np.full((64, 64), position["step"]))
+    return position["step"]
+
+
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (_flip, "was changed"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), r"has [\d,]+ bytes, expected|was changed"),
+        (lambda path: path.unlink(), "is missing|its save was not finished"),
+    ],
+    ids=["a flipped bit", "a truncated file", "a missing file"],
+)
+def test_damage_to_any_file_is_named_and_the_step_before_is_taken(two_steps, tmp_path_factory, damage, said):
+    step = two_steps / "checkpoints" / "2"
+    files = [path for path in sorted(step.rglob("*")) if path.is_file() and path.stat().st_size]
+    assert len(files) > 8
+    for number, file in enumerate(files):
+        copy = tmp_path_factory.mktemp(f"copy{number}") / "run"
+        shutil.copytree(two_steps, copy)
+        name = str(file.relative_to(step))
+        damage(copy / "checkpoints" / "2" / name)
+        with pytest.warns(UserWarning, match="the step before is taken") as warned:
+            assert _restored(copy) == 1
+        (text,) = (str(warning.message) for warning in warned)
+        assert name in text or "its save was not finished" in text, (name, text)
+        assert re.search(said, text), text
+
+
+def test_a_whole_folder_that_is_gone_is_named_too(two_steps):
+    shutil.rmtree(two_steps / "checkpoints" / "2" / "state")
+    with pytest.warns(UserWarning, match=r"state/.* is missing; .*and \d+ files more"):
+        assert _restored(two_steps) == 1
+
+
+def test_if_none_is_whole_that_is_an_error_and_no_fresh_start(two_steps):
+    for step in (1, 2):
+        _flip(two_steps / "checkpoints" / str(step) / "position" / "metadata")
+    with (
+        pytest.warns(UserWarning, match="is damaged"),
+        checkpoint.Checkpoints(two_steps) as checkpoints,
+        pytest.raises(
+            ValueError, match="no whole checkpoint is left(.|\n)*checkpoints/1: position/metadata was changed"
+        ),
+    ):
+        _ = checkpoints.latest
+
+
+def test_a_damaged_step_is_replaced_when_the_run_comes_to_it_again(two_steps):
+    _flip(two_steps / "checkpoints" / "2" / "position" / "metadata")
+    with checkpoint.Checkpoints(two_steps) as checkpoints:
+        with pytest.warns(UserWarning, match="position/metadata was changed"):
+            assert checkpoints.latest == 1
+        state = {"w": jnp.full((64, 64), 2.0), "step": jnp.int32(2)}
+        checkpoints.save(2, state, position={"step": 2}, config={"seed": 2})
+    assert _restored(two_steps) == 2
+
+
+def test_a_save_killed_before_its_manifest_does_not_count(two_steps):
+    (two_steps / "checkpoints" / "2" / "manifest" / "0-of-1.json").rename(
+        two_steps / "checkpoints" / "2" / "manifest" / "0-of-2.json"  # as if the other process had died
+    )
+    with pytest.warns(UserWarning, match="its save was not finished"):
+        assert _restored(two_steps) == 1
+
+
+def test_a_checkpoint_from_before_there_were_manifests_is_taken_with_a_warning(two_steps):
+    shutil.rmtree(two_steps / "checkpoints" / "2" / "manifest")
+    with pytest.warns(UserWarning, match="has no manifest"):
+        assert _restored(two_steps) == 2
+
+
+def test_processes_share_the_digests(two_steps, tmp_path):
+    folder = epath.Path(two_steps / "checkpoints" / "2")
+    (folder / "manifest" / "0-of-1.json").unlink()
+    for index in range(3):
+        assert not checkpoint._counts(folder)
+        checkpoint._write_manifest(folder, process_index=index, process_count=3)
+    assert checkpoint._counts(folder)
+    assert checkpoint.damage(folder) == []
+    _flip(folder / "config" / "metadata")
+    found = [checkpoint.damage(folder, process_index=index, process_count=2) for index in range(2)]
+    assert sum(map(len, found)) == 1
+    (folder / "manifest" / "1-of-3.json").unlink()
+    assert any("holds" in line for line in checkpoint.damage(folder))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder with 4 MiB of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_is_said_and_leaves_the_last_checkpoint_whole(small_disk):
+    noise = jax.random.normal(jax.random.key(0), (600_000,))  # 2.4 MB, which does not compress: fits once
+
+    def state(step):
+        return {"noise": noise, "w": jnp.full((64, 64), float(step)), "step": jnp.int32(step)}
+
+    checkpoints = checkpoint.Checkpoints(small_disk)
+    checkpoints.save(1, state(1), position={"step": 1}, config={"seed": 1})
+    checkpoints.save(2, state(2), position={"step": 2}, config={"seed": 2})  # fails behind the training's back
+    with pytest.raises(OSError, match=r"step 2 was not saved.*No space left.*1 MiB are free.*step 1 is whole"):
+        checkpoints.save(3, state(3), position={"step": 3}, config={"seed": 3})
+    checkpoints.save(4, state(4), position={"step": 4}, config={"seed": 4})
+    with pytest.raises(OSError, match=r"step 4 was not saved.*No space left"):
+        checkpoints.close()
+    assert [path.name for path in (small_disk / "checkpoints").iterdir()] == ["1"]
+    with checkpoint.Checkpoints(small_disk) as checkpoints:
+        found, position = checkpoints.restore(state(0))
+    np.testing.assert_array_equal(found["noise"], noise)
+    assert position == {"step": 1}
 
 
 def test_an_exported_model_comes_back(tmp_path):
