@@ -151,7 +151,7 @@ def _common() -> ConfigDict:
         accumulate=1,  # micro-batches whose gradients are averaged into one step
     )
     config.ema_decay = 0.999  # of the averaged weights, which are what is evaluated and exported
-    config.max_skipped = 100  # steps with non-finite gradients that may be skipped before the run stops
+    config.max_skipped = 100  # steps with a non-finite loss or gradients that may be skipped before the run stops
     config.mesh = _section(data=-1, fsdp=1, context=1, tensor=1)  # devices along each axis; -1: the rest
     config.log_every = 20  # steps
     config.eval_every = 1000  # steps; 0: never

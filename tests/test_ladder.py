@@ -51,6 +51,7 @@ LADDER = """
     train.compiler_flags
     train.supervisor
     train.state
+    train.preemption
     train.telemetry
     train.autoencoder
     train.dit

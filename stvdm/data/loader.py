@@ -193,6 +193,10 @@ class Loader:
         """The captions of all examples, in the order of the sources."""
         return (source.caption(index) for source in self._sources for index in range(len(source)))
 
+    def name_of(self, index: int) -> str:
+        """What people call an example: its file, or its number (the batch's "index")."""
+        return _name_of(self._sources, index)
+
     def batch_at(self, step: int) -> dict[str, Any]:
         """Any batch, out of turn: replays one step alone."""
         return self._deliver(self._dataset[step])
@@ -358,6 +362,16 @@ def members_of(sources: Sequence[Source], buckets: Sequence[Bucket]) -> list[np.
     return [np.asarray(indices, np.int64) for indices in found]
 
 
+def _name_of(sources: Sequence[Source], index: int) -> str:
+    """The file of an example, if its source has files, or its number among those of all sources."""
+    start = 0
+    for source in sources:
+        if index - start < len(source):
+            return source.names[index - start] if hasattr(source, "names") else f"example {index}"
+        start += len(source)
+    raise IndexError(f"example {index}: there are {start}")
+
+
 def _in_no_bucket(
     sources: Sequence[Source], buckets: Sequence[Bucket], members: Sequence[np.ndarray | range]
 ) -> dict[str, str]:
@@ -369,8 +383,9 @@ def _in_no_bucket(
     for source in sources:
         for index in np.setdiff1d(np.arange(len(source)), taken - start).tolist():
             shape = "x".join(map(str, source.shapes[index])) if source.shapes is not None else "?"
-            name = source.names[index] if hasattr(source, "names") else f"example {start + index}"
-            skipped[name] = f"fits no bucket: it is {shape}, they are {', '.join(map(str, buckets))}"
+            skipped[_name_of(sources, start + index)] = (
+                f"fits no bucket: it is {shape}, they are {', '.join(map(str, buckets))}"
+            )
         start += len(source)
     return skipped
 

@@ -28,6 +28,7 @@ from stvdm.evaluation import metrics as measure
 from stvdm.models import autoencoder3d, critics
 from stvdm.models.autoencoder3d import Autoencoder
 from stvdm.sampling.pipeline import to_model_range
+from stvdm.train import preemption
 from stvdm.train import state as state_lib
 from stvdm.train.state import Program, State, is_due
 from stvdm.train.telemetry import Telemetry
@@ -81,7 +82,9 @@ def program(config: ConfigDict) -> Program:
     def train_step(state: State, batch: Tree) -> tuple[State, Metrics]:
         gradient = state_lib.accumulated_grad(functools.partial(loss, step=state.step), config.optimizer.accumulate)
         grads, metrics = gradient(state.params, batch, state_lib.stream(config.seed, state.step, "posterior"))
-        state, taken = state_lib.update(state, grads, optimizer=optimizer, ema_decay=config.ema_decay)
+        state, taken = state_lib.update(
+            state, grads, loss=metrics["loss"], optimizer=optimizer, ema_decay=config.ema_decay
+        )
         return state, {**metrics, **taken, "learning_rate": rate(state.step)}
 
     # Evaluation.
@@ -106,7 +109,11 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
     mesh = sharding.make_mesh(**config.mesh)
     run = program(config)
 
-    with jax.set_mesh(mesh), checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
+    with (
+        preemption.watch() as must_leave,
+        jax.set_mesh(mesh),
+        checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints,
+    ):
         # Restore or initialise.
         state, shardings = state_lib.initialise(run, mesh)
         batches = state_lib.open_batches(config, split="train")
@@ -118,17 +125,20 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
         only_batch = next(batches) if config.overfit else None
 
         # Loop.
+        skips = state_lib.Skips(config.max_skipped, state.num_skipped)
         with Telemetry(workdir, num_steps=config.total_steps, first_step=first_step) as telemetry:
             telemetry.say(state_lib.write_report(batches.report, workdir))
             for step in range(first_step, config.total_steps):
                 with telemetry.timed("data"):
-                    batch = state_lib.to_mesh(only_batch or next(batches), mesh)
+                    rows = only_batch or next(batches)
+                    batch = state_lib.to_mesh(rows, mesh)
                 with telemetry.timed("compile" if step == first_step else "step"):
                     state, metrics = train_step(state, batch)
+                skips.add(step, metrics, rows)
                 done = step + 1
                 if is_due(done, config.log_every, config.total_steps):
-                    record = telemetry.record(done, metrics)
-                    state_lib.check_skipped(record["num_skipped"], config.max_skipped)
+                    telemetry.record(done, metrics)
+                    skips.check(batches)
                 if is_due(done, config.eval_every, config.total_steps):
                     with telemetry.timed("evaluate"):
                         results = [
@@ -138,10 +148,14 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
                     scores = jax.tree.map(lambda *values: np.mean(values), *[scores for scores, _ in results])
                     telemetry.record(done, scores, prefix="eval/")
                     telemetry.preview(done, "reconstruction", results[0][1])
-                if is_due(done, config.checkpoint_every, config.total_steps):
+                leaving = must_leave(done)
+                if leaving or is_due(done, config.checkpoint_every, config.total_steps):
                     with telemetry.timed("save"):
                         position = {**batches.position, "step": done}
                         checkpoints.save(done, state, position=position, config=config.to_dict())
+                if leaving:
+                    telemetry.say(f"asked to stop: step {done} is being saved, the same command goes on from it")
+                    preemption.leave(checkpoints)
 
             telemetry.say(state_lib.write_report(batches.report, workdir))
 

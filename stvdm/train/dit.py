@@ -32,6 +32,7 @@ from stvdm.models.autoencoder3d import Autoencoder
 from stvdm.models.text_encoders import WordTokenizer, collect_words
 from stvdm.sampling import pipeline
 from stvdm.sampling.pipeline import Pipeline
+from stvdm.train import preemption
 from stvdm.train import state as state_lib
 from stvdm.train.state import Program, State, is_due
 from stvdm.train.telemetry import Telemetry
@@ -109,7 +110,9 @@ def program(config: ConfigDict, coder: Autoencoder) -> Program:
         batch = {**batch, "latent": latents_of(frozen, batch)}
         batch.pop("video", None)
         grads, metrics = gradient(state.params, batch, state_lib.stream(config.seed, state.step, "flow"))
-        state, taken = state_lib.update(state, grads, optimizer=optimizer, ema_decay=config.ema_decay)
+        state, taken = state_lib.update(
+            state, grads, loss=metrics["loss"], optimizer=optimizer, ema_decay=config.ema_decay
+        )
         return state, {**metrics, **taken, "learning_rate": rate(state.step)}
 
     # Evaluation: at fixed times, with fixed noise.
@@ -132,7 +135,11 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
     workdir = epath.Path(workdir).expanduser()
     mesh = sharding.make_mesh(**config.mesh)
 
-    with jax.set_mesh(mesh), checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
+    with (
+        preemption.watch() as must_leave,
+        jax.set_mesh(mesh),
+        checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints,
+    ):
         # Autoencoder, data and words.
         coder_params, coder_description = load_autoencoder(config.autoencoder)
         coder = pipeline.autoencoder_of(coder_description["autoencoder"])
@@ -176,19 +183,22 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
         # Loop.
         batches.step = first_step
         only_batch = next(batches) if config.overfit else None
+        skips = state_lib.Skips(config.max_skipped, state.num_skipped)
         with Telemetry(workdir, num_steps=config.total_steps, first_step=first_step) as telemetry:
             telemetry.say(state_lib.write_report(batches.report, workdir))
             num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
             telemetry.say(f"{num_params:,} parameters, a vocabulary of {len(config.text.words)} words")
             for step in range(first_step, config.total_steps):
                 with telemetry.timed("data"):
-                    batch = ready(only_batch or next(batches))
+                    rows = only_batch or next(batches)
+                    batch = ready(rows)
                 with telemetry.timed("compile" if step == first_step else "step"):
                     state, metrics = train_step(state, batch, frozen)
+                skips.add(step, metrics, rows)
                 done = step + 1
                 if is_due(done, config.log_every, config.total_steps):
-                    record = telemetry.record(done, metrics)
-                    state_lib.check_skipped(record["num_skipped"], config.max_skipped)
+                    telemetry.record(done, metrics)
+                    skips.check(batches)
                 if is_due(done, config.eval_every, config.total_steps):
                     with telemetry.timed("evaluate"):
                         scores = evaluate(state.ema)
@@ -196,9 +206,13 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
                         samples = Pipeline.of(*described(state.ema)).generate(prompts, batch_size=len(prompts))
                     telemetry.record(done, scores, prefix="eval/")
                     telemetry.preview(done, "samples", samples.videos, captions=prompts)
-                if is_due(done, config.checkpoint_every, config.total_steps):
+                leaving = must_leave(done)
+                if leaving or is_due(done, config.checkpoint_every, config.total_steps):
                     with telemetry.timed("save"):
                         checkpoints.save(done, state, position={**batches.position, "step": done}, config=settings)
+                if leaving:
+                    telemetry.say(f"asked to stop: step {done} is being saved, the same command goes on from it")
+                    preemption.leave(checkpoints)
 
             # Finish.
             telemetry.say(state_lib.write_report(batches.report, workdir))

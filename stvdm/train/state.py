@@ -4,11 +4,12 @@
 batches = open_batches(config, split="train", start_step=first_step)
 optimizer, rate = make_optimizer(config.optimizer, config.total_steps)
 state, shardings = initialise(program, mesh)
-state, metrics = update(state, grads, optimizer=optimizer, ema_decay=0.999)     # inside the jitted step
+state, metrics = update(state, grads, loss=loss, optimizer=optimizer, ema_decay=0.999)     # inside the jitted step
 """
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -39,7 +41,7 @@ class State(NamedTuple):
     params: Tree
     ema: Tree  # exponential moving average of params
     opt_state: optax.OptState
-    num_skipped: jax.Array  # int32: steps with non-finite gradients, which changed nothing
+    num_skipped: jax.Array  # int32: steps with a non-finite loss or gradients, which changed nothing
 
 
 class Program(NamedTuple):
@@ -103,12 +105,45 @@ def write_report(report: SkipReport, workdir: epath.Path) -> str:
     return str(report)
 
 
-def check_skipped(num_skipped: float | None, limit: int) -> None:
-    """Stops a run whose gradients keep being non-finite."""
-    if num_skipped is not None and num_skipped > limit:
+class Skips:
+    """The steps whose loss or gradients were not finite, with the examples in their batches; too many stop the run.
+
+    Args:
+      limit: how many of a run's steps may be skipped.
+      num_skipped: how many were, before.
+    """
+
+    def __init__(self, limit: int, num_skipped: jax.Array) -> None:
+        self._limit, self._count = limit, int(num_skipped)
+        self._unread: list[tuple[int, jax.Array, np.ndarray]] = []
+        self._last: collections.deque[tuple[int, np.ndarray]] = collections.deque(maxlen=3)
+
+    def add(self, step: int, metrics: Mapping[str, jax.Array], rows: Mapping[str, Any]) -> None:
+        """Notes one step, without waiting for it: its metrics, and its batch as the loader gave it."""
+        self._unread.append((step, metrics["num_skipped"], rows["index"]))
+
+    def check(self, batches: Loader) -> None:
+        """Reads what was noted, on all processes at once.
+
+        Raises:
+          FloatingPointError: if more steps than the limit were skipped; it names the last and their examples.
+        """
+        counts = jax.device_get([count for _, count, _ in self._unread])
+        for (step, _, index), count in zip(self._unread, counts, strict=True):
+            if count > self._count:
+                self._last.append((step, index))
+            self._count = int(count)
+        self._unread = []
+        if self._count <= self._limit:
+            return
+        lines = []
+        for step, index in self._last:
+            everywhere = np.unique(multihost_utils.process_allgather(index))
+            lines.append(f"\n  step {step}: " + ", ".join(batches.name_of(int(i)) for i in everywhere))
         raise FloatingPointError(
-            f"{num_skipped:.0f} steps were skipped for non-finite gradients, and max_skipped={limit}: lower "
-            "optimizer.learning_rate or optimizer.clip_norm, or look at the data of the last steps."
+            f"{self._count} steps were skipped, as their loss or gradients were not finite, and max_skipped="
+            f"{self._limit}: look at the examples of the last of them, or lower optimizer.learning_rate or "
+            "optimizer.clip_norm. Their batches were" + "".join(lines)
         )
 
 
@@ -196,14 +231,14 @@ def _plan_state(program: Program, mesh: Mesh) -> tuple[Callable[[], State], Stat
 
 
 def update(
-    state: State, grads: Tree, *, optimizer: optax.GradientTransformation, ema_decay: float
+    state: State, grads: Tree, *, loss: jax.Array, optimizer: optax.GradientTransformation, ema_decay: float
 ) -> tuple[State, dict[str, jax.Array]]:
-    """One optimiser step. Non-finite gradients change nothing but the counters.
+    """One optimiser step. A loss or gradients that are not finite change nothing but the counters.
 
     The average starts short and grows to ``ema_decay``: decay_n = min(ema_decay, (1 + n) / (10 + n)).
     """
     norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(norm)
+    finite = jnp.isfinite(norm) & jnp.isfinite(loss)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     taken = (state.step - state.num_skipped).astype(jnp.float32)

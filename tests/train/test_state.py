@@ -50,6 +50,7 @@ def _grads(params, x):
     return jax.grad(lambda p: jnp.mean(Net().apply({"params": p}, x) ** 2))(params)
 
 
+LOSS = np.float32(1)
 X = np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32)
 
 
@@ -74,7 +75,7 @@ def test_sharded_steps_equal_single_device_steps(name):
     def run(mesh):
         state, shardings, optimizer, _ = _start(name, mesh=mesh)
         step = jax.jit(
-            lambda s, x: state_lib.update(s, _grads(s.params, x), optimizer=optimizer, ema_decay=0.9)[0],
+            lambda s, x: state_lib.update(s, _grads(s.params, x), loss=LOSS, optimizer=optimizer, ema_decay=0.9)[0],
             out_shardings=shardings,
         )
         for _ in range(3):
@@ -105,9 +106,9 @@ def test_muon_orthogonalises_each_stacked_layer_and_leaves_vectors_to_adam():
 def test_non_finite_gradients_change_nothing_and_are_counted():
     state, _, optimizer, _ = _start()
     good = _grads(state.params, X)
-    state, _ = state_lib.update(state, good, optimizer=optimizer, ema_decay=0.9)
+    state, _ = state_lib.update(state, good, loss=LOSS, optimizer=optimizer, ema_decay=0.9)
     bad = jax.tree.map(lambda g: g.at[(0,) * g.ndim].set(jnp.nan), good)
-    after, metrics = state_lib.update(state, bad, optimizer=optimizer, ema_decay=0.9)
+    after, metrics = state_lib.update(state, bad, loss=LOSS, optimizer=optimizer, ema_decay=0.9)
     assert int(after.num_skipped) == int(metrics["num_skipped"]) == 1
     assert int(after.step) == int(state.step) + 1
     for name in ("params", "ema", "opt_state"):
@@ -115,11 +116,19 @@ def test_non_finite_gradients_change_nothing_and_are_counted():
             np.testing.assert_array_equal(a, b)
 
 
+def test_a_loss_that_is_not_finite_is_skipped_though_its_gradients_are():
+    state, _, optimizer, _ = _start()
+    good = _grads(state.params, X)
+    after, metrics = state_lib.update(state, good, loss=np.float32(np.inf), optimizer=optimizer, ema_decay=0.9)
+    assert int(metrics["num_skipped"]) == 1
+    np.testing.assert_array_equal(after.params["kernel"], state.params["kernel"])
+
+
 def test_the_average_follows_the_recursion():
     state, _, optimizer, _ = _start()
     expected = jax.tree.map(np.asarray, state.ema)
     for n in range(30):
-        state, _ = state_lib.update(state, _grads(state.params, X), optimizer=optimizer, ema_decay=0.7)
+        state, _ = state_lib.update(state, _grads(state.params, X), loss=LOSS, optimizer=optimizer, ema_decay=0.7)
         decay = min(0.7, (1 + n) / (10 + n))
         expected = jax.tree.map(lambda e, p, d=decay: d * e + (1 - d) * np.asarray(p), expected, state.params)
     for a, b in zip(jax.tree.leaves(state.ema), jax.tree.leaves(expected), strict=True):
@@ -162,7 +171,7 @@ def test_clipping_bounds_the_step():
     huge = jax.tree.map(lambda p: 1e6 * jnp.ones_like(p), state.params)
     clipped, _ = optax.clip_by_global_norm(1e-3).update(huge, optax.EmptyState())
     assert float(optax.tree.norm(clipped)) == pytest.approx(1e-3, rel=1e-4)
-    _, metrics = state_lib.update(state, huge, optimizer=optimizer, ema_decay=0.9)
+    _, metrics = state_lib.update(state, huge, loss=LOSS, optimizer=optimizer, ema_decay=0.9)
     assert float(metrics["grad_norm"]) > 1e6  # what is reported is the norm before clipping
 
 

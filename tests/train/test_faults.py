@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two processes train; one is killed, frozen or asked to stop, or the disk is full: the losses go on as if nothing was.
+
+Every fault is a real one. The trainers are the real ones, at the smallest size.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from stvdm.train.preemption import RESUME
+from stvdm.train.telemetry import METRICS_FILE, read_metrics
+
+pytestmark = pytest.mark.slow
+
+WORKER = pathlib.Path(__file__).parent / "worker.py"
+STEPS = 8
+
+
+class Run:
+    """The processes of a run; they are killed if the test leaves them behind."""
+
+    def __init__(self, workdir, config, *, kind="autoencoder", num_processes=2, seconds=0.0):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.workdir = workdir
+        workdir.mkdir(parents=True, exist_ok=True)
+        settings = {
+            "kind": kind,
+            "config": config.to_dict(),
+            "workdir": str(workdir),
+            "num_processes": num_processes,
+            "port": port,
+            "devices": 4 // num_processes,
+            "seconds": seconds,
+        }
+        description = workdir.parent / f"{workdir.name}.json"
+        description.write_text(json.dumps(settings))
+        self.logs = [workdir.parent / f"{workdir.name}-{index}.log" for index in range(num_processes)]
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, str(WORKER), str(description), str(index)], stdout=log.open("w"), stderr=log.open("a")
+            )
+            for index, log in enumerate(self.logs)
+        ]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in self.processes:
+            process.kill()  # a frozen one too
+            process.wait()
+
+    def wait_for(self, condition, *, seconds=600):
+        """Until the condition holds, while all processes are alive."""
+        until = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < until and all(process.poll() is None for process in self.processes), self.said()
+            time.sleep(0.002)
+
+    def wait_for_step(self, step):
+        self.wait_for(lambda: step in steps_written(self.workdir))
+
+    def exit_codes(self, *, seconds=600):
+        """Of all processes, when they have ended by themselves."""
+        until = time.monotonic() + seconds
+        try:
+            return [process.wait(max(0.1, until - time.monotonic())) for process in self.processes]
+        except subprocess.TimeoutExpired:
+            raise AssertionError(self.said()) from None
+
+    def said(self):
+        return "\n".join(f"--- {log.name}\n{log.read_text()[-6000:]}" for log in self.logs)
+
+
+def steps_written(workdir):
+    path = workdir / METRICS_FILE
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line)["step"] for line in lines if line.endswith("}")]
+
+
+def losses(workdir):
+    return {record["step"]: record["loss"] for record in read_metrics(workdir) if "loss" in record}
+
+
+def saved(workdir):
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def finish(workdir, config, **settings):
+    with Run(workdir, config, **settings) as run:
+        assert run.exit_codes() == [0] * len(run.processes), run.said()
+    return losses(workdir)
+
+
+@pytest.fixture
+def config(autoencoder_config):
+    one_stage = dict(model__multipliers=(1,), model__spatial_down=(), model__temporal_down=())
+    return autoencoder_config(total_steps=STEPS, checkpoint_every=2, mesh__fsdp=2, **one_stage)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """What the losses are when nothing happens; made by the first test that asks."""
+    folder, found = tmp_path_factory.mktemp("undisturbed"), {}
+
+    def make(config):
+        if not found:
+            found.update(finish(folder / "run", config))
+        return found
+
+    return make
+
+
+def test_a_killed_worker(config, undisturbed, tmp_path):
+    expected = undisturbed(config)
+    assert sorted(expected) == list(range(1, STEPS + 1))
+    with Run(tmp_path / "run", config, seconds=0.3) as run:
+        run.wait_for_step(3)
+        run.processes[1].kill()
+        codes = run.exit_codes()  # the other one does not hang
+    assert codes[1] == -signal.SIGKILL and codes[0] not in (0, RESUME), run.said()
+    assert len(losses(tmp_path / "run")) < STEPS
+    assert finish(tmp_path / "run", config) == expected
+
+
+def test_a_frozen_worker(config, undisturbed, tmp_path):
+    expected = undisturbed(config)
+    with Run(tmp_path / "run", config, seconds=0.3) as run:
+        run.wait_for_step(3)
+        run.processes[1].send_signal(signal.SIGSTOP)
+        assert run.processes[0].wait(300) not in (0, RESUME), run.said()  # gives up on the other
+        assert run.processes[1].poll() is None
+    assert len(losses(tmp_path / "run")) < STEPS
+    assert finish(tmp_path / "run", config) == expected
+
+
+def test_killed_while_saving(config, undisturbed, tmp_path):
+    expected = undisturbed(config)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    with Run(tmp_path / "run", config, seconds=0.3) as run:
+        run.wait_for(lambda: checkpoints.exists() and any(path.name.startswith("4") for path in checkpoints.iterdir()))
+        for process in run.processes:
+            process.kill()
+        assert not (checkpoints / "4" / "manifest" / "1-of-2.json").exists()  # it was in the middle of it
+    assert finish(tmp_path / "run", config) == expected
+
+
+def test_a_worker_asked_to_stop(config, undisturbed, tmp_path):
+    """All save the same step and leave with the status that says so; it goes on on two processes, or on one."""
+    config.checkpoint_every = 100
+    expected = undisturbed(config)
+    with Run(tmp_path / "run", config, seconds=0.5) as run:
+        run.wait_for_step(2)
+        run.processes[1].terminate()
+        assert run.exit_codes() == [RESUME, RESUME], run.said()
+    (step,) = saved(tmp_path / "run")
+    assert 2 <= step < STEPS
+    assert steps_written(tmp_path / "run")[-1] == step  # none is lost
+    shutil.copytree(tmp_path / "run", tmp_path / "alone")
+    assert finish(tmp_path / "run", config) == expected
+    assert steps_written(tmp_path / "run") == list(range(1, STEPS + 1))  # none is redone
+    alone = finish(tmp_path / "alone", config, num_processes=1)
+    np.testing.assert_allclose(list(alone.values()), list(expected.values()), rtol=2e-5)
+
+
+def test_the_other_trainer_is_asked_to_stop_too(dit_config, tmp_path):
+    config = dit_config(total_steps=100, checkpoint_every=100, mesh__fsdp=2)
+    with Run(tmp_path / "run", config, kind="dit", seconds=0.3) as run:
+        run.wait_for_step(1)
+        run.processes[0].terminate()
+        assert run.exit_codes() == [RESUME, RESUME], run.said()
+    assert saved(tmp_path / "run") == steps_written(tmp_path / "run")[-1:]
+
+
+def test_one_process_without_jax_distributed_asked_to_stop(config, tmp_path):
+    with Run(tmp_path / "run", config, num_processes=1, seconds=0.3) as run:
+        run.wait_for_step(3)
+        run.processes[0].terminate()
+        assert run.exit_codes() == [RESUME], run.said()
+    assert "asked to stop: step" in run.logs[0].read_text()
+    assert saved(tmp_path / "run")[-1] == steps_written(tmp_path / "run")[-1] < STEPS
+
+
+def test_a_full_disk(config, undisturbed, tmp_path):
+    expected = undisturbed(config)
+    disk = tmp_path / "run" / "checkpoints"
+    disk.mkdir(parents=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], check=False).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    try:
+        with Run(tmp_path / "run", config, seconds=0.3) as run:
+            run.wait_for(lambda: (disk / "2" / "manifest" / "1-of-2.json").exists())
+            room = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+            (disk / "somebody_elses").write_bytes(bytes(room - 8192))
+            codes = run.exit_codes()
+        assert all(code not in (0, RESUME) for code in codes), run.said()
+        assert "was not saved in" in run.said() and "step 2 is whole and untouched" in run.said(), run.said()
+        assert saved(tmp_path / "run") == [2]
+        (disk / "somebody_elses").unlink()
+        assert finish(tmp_path / "run", config) == expected
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_gradients_that_stay_non_finite_name_their_examples(config, tmp_path):
+    config.loss.kl = float("inf")
+    config.max_skipped = 2
+    config.log_every = 2
+    with Run(tmp_path / "run", config) as run:
+        codes = run.exit_codes()
+    assert all(code not in (0, RESUME) for code in codes), run.said()
+    for log in run.logs:
+        (line,) = (line for line in log.read_text().splitlines() if line.startswith("  step 3: "))
+        assert line.count("example ") == 8  # of both processes

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One process of a run, for tests that end it badly: worker.py RUN.json PROCESS_ID.
+
+RUN.json: {"kind", "config" (all of it), "workdir", "num_processes", "port", "devices" (of each process),
+"seconds" (that each batch takes, so that there is time to interfere)}.
+"""
+
+import json
+import os
+import sys
+import time
+
+run = json.loads(open(sys.argv[1]).read())  # noqa: SIM115
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={run['devices']}"
+
+import jax  # noqa: E402
+
+if run["num_processes"] > 1:
+    jax.distributed.initialize(
+        f"127.0.0.1:{run['port']}",
+        num_processes=run["num_processes"],
+        process_id=int(sys.argv[2]),
+        heartbeat_timeout_seconds=10,
+        shutdown_timeout_seconds=20,
+    )
+
+from stvdm import config as base  # noqa: E402
+from stvdm.data.loader import Loader  # noqa: E402
+from stvdm.train import autoencoder, dit  # noqa: E402
+
+config = {"autoencoder": base.autoencoder, "dit": base.dit}[run["kind"]]().unlock()
+config.update(run["config"])
+
+draw = Loader.__next__
+
+
+def slow_draw(self):
+    time.sleep(run["seconds"])
+    return draw(self)
+
+
+Loader.__next__ = slow_draw
+{"autoencoder": autoencoder, "dit": dit}[run["kind"]].main(config.lock(), run["workdir"])
