@@ -5,7 +5,8 @@
     stvdm train dit --config=configs/quickstart.py --workdir=runs/dit --config.seed=1
 
 Each command parses here, imports what it needs, calls one function of the library and prints what came of it. What the
-user can put right (ValueError, a missing file) is one line and exit status 2; `--debug` shows where it came from.
+user can put right (ValueError, a missing file, a full disk, a loss that is not finite) is one line and exit status 2;
+`--debug` shows where it came from.
 """
 
 import argparse
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstvdm: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         if args.debug:
             raise
         print(f"stvdm: error: {error}\n(`--debug` shows where)", file=sys.stderr)

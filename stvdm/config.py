@@ -158,6 +158,10 @@ def _common() -> ConfigDict:
     config.eval_batches = 4  # held-out batches an evaluation looks at, the same every time
     config.checkpoint_every = 1000  # steps
     config.keep_checkpoints = 2
+    config.profile = _section(  # a window of steps, for TensorBoard's profiler or Perfetto: in WORKDIR/profile
+        first_step=10,  # steps made before it, so that it holds no compiling
+        num_steps=0,  # 0: none
+    )
     return config
 
 
@@ -205,6 +209,8 @@ def _problems(config: ConfigDict) -> Iterator[str]:
             yield f"{where}={value}: expected at least 1."
     if config.eval_every < 0:
         yield f"eval_every={config.eval_every}: expected at least 0 (never)."
+    if min(config.profile.first_step, config.profile.num_steps) < 0:
+        yield f"profile={config.profile.to_dict()}: expected steps of at least 0 (num_steps=0: no profile)."
     if not 0 <= config.ema_decay < 1:
         yield f"ema_decay={config.ema_decay}: expected 0 <= decay < 1."
     if optimizer.learning_rate <= 0:
@@ -280,6 +286,8 @@ def _dit_problems(config: ConfigDict) -> Iterator[str]:
 
 
 def _without_effect(config: ConfigDict) -> Iterator[str]:
+    if config.profile.num_steps and config.profile.first_step >= config.total_steps:
+        yield f"profile.first_step={config.profile.first_step} has no effect: total_steps={config.total_steps}."
     if config.kind == "autoencoder":
         model = config.model
         if model.grouping == "frame" and any(model.temporal_down):

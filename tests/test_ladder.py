@@ -48,6 +48,8 @@ LADDER = """
     evaluation.tracking
     evaluation.physics
     evaluation.run
+    planning.chips
+    planning.flops
     train.compiler_flags
     train.supervisor
     train.state
@@ -55,8 +57,6 @@ LADDER = """
     train.telemetry
     train.autoencoder
     train.dit
-    planning.chips
-    planning.flops
     planning.collectives
     planning.plan
     ablations

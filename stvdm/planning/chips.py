@@ -31,6 +31,24 @@ CHIPS = {
 DEVICES_PER_CHIP = {"tpu7x": 2}
 
 
+# What JAX calls the devices of a chip.
+DEVICE_KINDS = {
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """The published peak of a device of this kind (`jax.Device.device_kind`); None if it is not in the table."""
+    chip = DEVICE_KINDS.get(device_kind)
+    return CHIPS[chip].flops if chip else None
+
+
 class Topology(NamedTuple):
     """Devices that need not be here."""
 

@@ -39,6 +39,16 @@ def count_flops(function: Any, *arguments: Any) -> dict[str, float]:
     return dict(sorted(counts.items(), key=lambda part: -part[1]))
 
 
+def model_flops(loss: Any, params: Any, batch: Any) -> float:
+    """What utilisation is measured by: three times the FLOPs of the forward pass (PaLM, arXiv:2204.02311, appendix B).
+
+    Args:
+      loss: (params, batch, key) -> ...
+      params, batch: arrays, or shapes alone.
+    """
+    return 3.0 * sum(count_flops(loss, params, batch, jax.random.key(0)).values())
+
+
 def _count(jaxpr: Any, times: float, where: str) -> dict[str, float]:
     counts: dict[str, float] = collections.defaultdict(float)
     for equation in jaxpr.eqns:

@@ -27,6 +27,7 @@ from stvdm.data.loader import Loader
 from stvdm.evaluation import metrics as measure
 from stvdm.models import autoencoder3d, critics
 from stvdm.models.autoencoder3d import Autoencoder
+from stvdm.planning.flops import model_flops
 from stvdm.sampling.pipeline import to_model_range
 from stvdm.train import preemption
 from stvdm.train import state as state_lib
@@ -98,7 +99,14 @@ def program(config: ConfigDict) -> Program:
         )
         return {name: jnp.mean(score) for name, score in scores.items()}, jnp.concatenate([video[:4], decoded[:4]])
 
-    return Program(init, optimizer, functools.partial(loss, step=jnp.zeros((), jnp.int32)), train_step, evaluate)
+    # Telemetry and planning.
+    first_loss = functools.partial(loss, step=jnp.zeros((), jnp.int32))
+
+    def work(batch: Tree) -> dict[str, float]:
+        params = nn.unbox(jax.eval_shape(init))
+        return {"clips": batch["video"].shape[0], "flops": model_flops(first_loss, params, batch)}
+
+    return Program(init, optimizer, first_loss, train_step, evaluate, work)
 
 
 def main(config: ConfigDict, workdir: epath.PathLike) -> None:
@@ -126,13 +134,18 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
 
         # Loop.
         skips = state_lib.Skips(config.max_skipped, state.num_skipped)
-        with Telemetry(workdir, num_steps=config.total_steps, first_step=first_step) as telemetry:
+        with Telemetry(
+            workdir,
+            num_steps=config.total_steps,
+            first_step=first_step,
+            profile=(config.profile.first_step, config.profile.num_steps),
+        ) as telemetry:
             telemetry.say(state_lib.write_report(batches.report, workdir))
             for step in range(first_step, config.total_steps):
                 with telemetry.timed("data"):
                     rows = only_batch or next(batches)
                     batch = state_lib.to_mesh(rows, mesh)
-                with telemetry.timed("compile" if step == first_step else "step"):
+                with telemetry.step(batch, run.work):
                     state, metrics = train_step(state, batch)
                 skips.add(step, metrics, rows)
                 done = step + 1

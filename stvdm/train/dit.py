@@ -17,19 +17,21 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from stvdm import checkpoint, sharding
+from stvdm import checkpoint, shapes, sharding
 from stvdm import config as base
 from stvdm.data.loader import Loader
 from stvdm.diffusion import flow, schedules
 from stvdm.models import autoencoder3d
 from stvdm.models.autoencoder3d import Autoencoder
 from stvdm.models.text_encoders import WordTokenizer, collect_words
+from stvdm.planning.flops import model_flops
 from stvdm.sampling import pipeline
 from stvdm.sampling.pipeline import Pipeline
 from stvdm.train import preemption
@@ -125,7 +127,19 @@ def program(config: ConfigDict, coder: Autoencoder) -> Program:
             scores[f"velocity_mse_at_{t}"] = parts["velocity_mse"].mean()
         return {"velocity_mse": jnp.mean(jnp.stack(list(scores.values()))), **scores}
 
-    return Program(init, optimizer, loss, train_step, held_out_loss)
+    # Telemetry and planning.
+    def work(batch: Tree) -> dict[str, float]:
+        clips = batch["tokens"].shape[0]
+        latent = batch["latent"].shape[1:4] if "latent" in batch else coder.latent_shape(batch["video"].shape[1:4])
+        made = jax.ShapeDtypeStruct((clips, *latent, coder.latent_channels), jnp.float32)
+        flops = model_flops(loss, nn.unbox(jax.eval_shape(init)), {**batch, "latent": made})
+        return {
+            "clips": clips,
+            "tokens": clips * math.prod(shapes.token_grid(latent, config.model.patch)),
+            "flops": flops,
+        }
+
+    return Program(init, optimizer, loss, train_step, held_out_loss, work)
 
 
 def main(config: ConfigDict, workdir: epath.PathLike) -> None:
@@ -184,7 +198,12 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
         batches.step = first_step
         only_batch = next(batches) if config.overfit else None
         skips = state_lib.Skips(config.max_skipped, state.num_skipped)
-        with Telemetry(workdir, num_steps=config.total_steps, first_step=first_step) as telemetry:
+        with Telemetry(
+            workdir,
+            num_steps=config.total_steps,
+            first_step=first_step,
+            profile=(config.profile.first_step, config.profile.num_steps),
+        ) as telemetry:
             telemetry.say(state_lib.write_report(batches.report, workdir))
             num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
             telemetry.say(f"{num_params:,} parameters, a vocabulary of {len(config.text.words)} words")
@@ -192,7 +211,7 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
                 with telemetry.timed("data"):
                     rows = only_batch or next(batches)
                     batch = ready(rows)
-                with telemetry.timed("compile" if step == first_step else "step"):
+                with telemetry.step(batch, run.work):
                     state, metrics = train_step(state, batch, frozen)
                 skips.add(step, metrics, rows)
                 done = step + 1

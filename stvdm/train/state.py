@@ -53,6 +53,7 @@ class Program(NamedTuple):
     loss: Callable[[Tree, Tree, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]  # (params, batch, key) -> ...
     step: Callable[..., tuple[State, dict[str, jax.Array]]]  # (state, batch, *frozen weights) -> (state, metrics)
     evaluate: Callable[..., Any]  # (params, held-out batch, ...) -> scores
+    work: Callable[[Tree], dict[str, float]]  # batch, or its shapes -> what a step does: clips, tokens, model FLOPs
 
 
 def open_batches(config: ConfigDict, *, split: Split, start_step: int = 0) -> Loader:

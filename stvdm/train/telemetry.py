@@ -1,18 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a running trainer says: a progress line, metrics as JSONL and TensorBoard, preview pictures.
+"""What a running trainer says: a progress line, metrics as JSONL and TensorBoard, preview pictures, a profile.
 
     telemetry = Telemetry(workdir, num_steps=config.num_steps)
     with telemetry.timed("data"):
         batch = next(batches)
-    with telemetry.timed("step"):
+    with telemetry.step(batch, run.work):    # charged to "compile" for the first batch of a shape, then to "step"
         state, metrics = train_step(state, batch)
     telemetry.record(step, metrics)          # step 300/5000  loss 0.412  9.81 steps/s  ETA 7:59  [data 2% step 97%]
     telemetry.preview(step, "samples", video_BTHWC, captions=prompts)
     telemetry.close()
 
-In `workdir`: `metrics.jsonl` (one record a line, appended over restarts), `tensorboard/`, `previews/NAME-STEP.png`.
-Only process 0 writes; on the others every method still reads its arrays, so that all processes compute the same. All
-tell their supervisor, if there is one, that they get on.
+A record holds, beside its metrics,
+
+    seconds/WHAT        of the interval since the record before: data, step, save, compile, evaluate
+    step_seconds, clips_per_second, tokens_per_second, tflops_per_device, mfu
+                        of its training: without compiling, saving and evaluating. FLOPs are those of the model, the
+                        peak is the chip's; on devices whose peak is not known there is no mfu
+    share/WHAT          of all time since the run first started, restarts included; share/lost is what steps that had to
+                        be made again took, and the time between a death and the step after; goodput is share/step
+    memory/peak_gib, memory/in_use_gib
+                        of a device, where devices tell
+
+In `workdir`: `metrics.jsonl` (one record a line, appended over restarts), `tensorboard/`, `previews/NAME-STEP.png`,
+`profile/` (of the steps that the config names, for TensorBoard's profiler or Perfetto).
+Only process 0 writes; on the others every method still reads its arrays, so that all processes compute the same. Times
+are means over the processes, the wait for data also the slowest's, memory the fullest device's. All tell their
+supervisor, if there is one, that they get on.
 
 Object stores (gs://, s3://) know no appending, and tensorboardX cannot write there: with such a `workdir` the files are
 written to a local folder and copied at most once in `copy_seconds`, and by `close()`.
@@ -25,14 +38,16 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import jax
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
+from stvdm.planning.chips import peak_flops
 from stvdm.train import supervisor
 
 METRICS_FILE = "metrics.jsonl"
@@ -49,6 +64,7 @@ class Telemetry:
       staging: local folder to write to before copying to `workdir`; by default a temporary one if `workdir` is an
         object store, and none otherwise.
       copy_seconds: with staging, the least time between two copies.
+      profile: (steps before it, number of steps) of the window that process 0 profiles; no steps: none.
     """
 
     def __init__(
@@ -60,6 +76,7 @@ class Telemetry:
         stream: TextIO | None = sys.stderr,
         staging: epath.PathLike | None = None,
         copy_seconds: float = 60.0,
+        profile: tuple[int, int] = (0, 0),
     ) -> None:
         self.workdir = epath.Path(workdir)
         self.num_steps = num_steps
@@ -68,7 +85,11 @@ class Telemetry:
         self._copy_seconds = copy_seconds
         self._seconds: dict[str, float] = {}
         self._charged = 0.0  # all seconds charged so far, never reset: what a `timed` subtracts for those inside it
-        self._first_step = self._last_step = first_step
+        self._first_step = self._last_step = self._step = first_step
+        self._work: dict[Any, Mapping[str, float]] = {}  # of a step, for each shape of batch
+        self._done: dict[str, float] = {}  # since the last record: steps that were not compiled, and their work
+        self._profile = range(profile[0], sum(profile)) if self._writes else range(0)
+        self._is_profiling = False
         self._last_time = self._last_copy = time.monotonic()
         supervisor.beat(first_step)
         if not self._writes:
@@ -85,8 +106,15 @@ class Telemetry:
         earlier = self.workdir / METRICS_FILE
         if self._staged and earlier.exists():
             (self._local / METRICS_FILE).write_text(earlier.read_text())
+        self._past = _Past()
         self._metrics = open(self._local / METRICS_FILE, "a+", encoding="utf-8")  # noqa: SIM115 - closed by close()
         _end_torn_line(self._metrics)
+        self._metrics.seek(0)
+        for line in self._metrics:
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # torn
+                record = json.loads(line)
+                self._past.add(record["step"], record["wall"], _seconds_of(record))
+        self._past.forget_after(first_step)
         self._board = tensorboardX.SummaryWriter(str(self._local / "tensorboard"), purge_step=first_step or None)
 
     @contextlib.contextmanager
@@ -100,6 +128,34 @@ class Telemetry:
             self._charged += own
             self._seconds[what] = self._seconds.get(what, 0.0) + own
             supervisor.beat(self._first_step)
+
+    @contextlib.contextmanager
+    def step(self, batch: Mapping[str, jax.Array], work: Callable[[Any], Mapping[str, float]]) -> Iterator[None]:
+        """Around one optimiser step: takes its time, counts its work, and profiles it if it is in the window.
+
+        Args:
+          batch: what the step is made of; of its shapes the first step compiles.
+          work: batch -> {"clips": ..., "tokens": ..., "flops": ...}, whatever there is to count, of all processes
+            together; asked once for each shape.
+        """
+        if self._step == self._profile.start and self._profile:
+            self._is_profiling = True
+            jax.profiler.start_trace(str(self._local / "profile"))
+        shapes = tuple(sorted((name, rows.shape) for name, rows in batch.items()))
+        is_new = shapes not in self._work
+        with (
+            self.timed("compile" if is_new else "step"),
+            jax.profiler.StepTraceAnnotation("train", step_num=self._step),
+        ):
+            if is_new:
+                self._work[shapes] = work(batch)
+            yield
+        self._step += 1
+        if not is_new:
+            for name, amount in {"steps": 1.0, **self._work[shapes]}.items():
+                self._done[name] = self._done.get(name, 0.0) + amount
+        if self._step == self._profile.stop:
+            self._end_profile()
 
     def record(self, step: int, metrics: Mapping[str, Any], *, prefix: str = "") -> dict[str, Any]:
         """Write one line of metrics, and say how far along the run is.
@@ -117,11 +173,19 @@ class Telemetry:
             values = {prefix + name: _number(value, name) for name, value in jax.device_get(dict(metrics)).items()}
         now = time.monotonic()
         elapsed, num_done = now - self._last_time, step - self._last_step
-        busy = max(elapsed - self._seconds.get("compile", 0.0), 1e-9)  # compiling happens once: it is no rate
         record: dict[str, Any] = {"step": int(step), "wall": round(time.time(), 3), **values}
         if num_done > 0:
-            record["steps_per_second"] = float(f"{num_done / busy:.4g}")
-            record |= {f"seconds/{what}": round(spent, 4) for what, spent in self._seconds.items()}
+            elapsed, seconds, data_max, memory = _agreed(elapsed, self._seconds)
+            busy = max(elapsed - seconds.get("compile", 0.0), 1e-9)  # compiling happens once: it is no rate
+            record["steps_per_second"] = _short(num_done / busy)
+            record |= self._rates(elapsed - sum(seconds.get(what, 0.0) for what in ("compile", "save", "evaluate")))
+            record |= {f"seconds/{what}": round(spent, 4) for what, spent in seconds.items()}
+            if data_max is not None:
+                record["seconds/data_max"] = round(data_max, 4)
+            record |= memory
+            if self._writes:
+                self._past.add(step, record["wall"], seconds)
+                record |= self._past.shares()
         if self._writes:
             self._metrics.write(json.dumps(record, allow_nan=False) + "\n")
             self._metrics.flush()
@@ -131,7 +195,7 @@ class Telemetry:
         if self._stream is not None:
             print(self._progress_line(record, values, elapsed), file=self._stream, flush=True)
         if num_done > 0:
-            self._last_step, self._last_time, self._seconds = step, now, {}
+            self._last_step, self._last_time, self._seconds, self._done = step, now, {}, {}
         self._copy()
         return record
 
@@ -168,6 +232,7 @@ class Telemetry:
 
     def close(self) -> None:
         """Flush, copy if the workdir is remote, and let go of the files. Closing twice is fine."""
+        self._end_profile()
         if self._writes and not self._metrics.closed:
             self._metrics.close()
             self._board.close()
@@ -186,8 +251,32 @@ class Telemetry:
         if rate := record.get("steps_per_second"):
             parts += [f"{rate:.3g} steps/s", f"ETA {_clock((self.num_steps - step) / rate)}"]
             shares = [f"{what} {100 * spent / max(elapsed, 1e-9):.0f}%" for what, spent in self._seconds.items()]
+            parts += [f"{record['tflops_per_device']:.3g} TFLOP/s a device"] if "tflops_per_device" in record else []
+            parts += [f"MFU {record['mfu']:.0%}"] if "mfu" in record else []
             parts.append(f"[{' '.join(shares)}]")
+            parts += [f"goodput {record['goodput']:.0%}"] if "goodput" in record else []
         return "  ".join(parts)
+
+    def _rates(self, training: float) -> dict[str, float]:
+        """Of the steps that were not compiled, from the seconds of the interval that were training."""
+        done, training = dict(self._done), max(training, 1e-9)
+        if not (steps := done.pop("steps", 0.0)):
+            return {}
+        flops = done.pop("flops", 0.0) / jax.device_count()
+        rates = {"step_seconds": _short(training / steps)}
+        rates |= {f"{name}_per_second": _short(amount / training) for name, amount in done.items()}
+        if flops:
+            rates["tflops_per_device"] = _short(flops / training / 1e12)
+            if peak := peak_flops(jax.devices()[0].device_kind):
+                rates["mfu"] = _short(flops / training / peak)
+        return rates
+
+    def _end_profile(self) -> None:
+        if self._is_profiling:
+            self._is_profiling = False
+            jax.block_until_ready(jax.live_arrays())  # steps are only dispatched by now
+            jax.profiler.stop_trace()
+            self.say(f"the profile is in {self.workdir / 'profile'}")
 
     def _copy(self, *, now: bool = False) -> None:
         """Bring the staged files to the workdir; a failed copy warns and is tried again, for it must not end a run."""
@@ -211,6 +300,88 @@ class Telemetry:
             )
 
 
+class _Past:
+    """Where the time of a run went since it first started, deaths included; made again from `metrics.jsonl`."""
+
+    def __init__(self) -> None:
+        self._kept: list[
+            tuple[int, dict[str, float]]
+        ] = []  # (step, seconds of the interval before), of steps that stay
+        self._began: float | None = None
+        self._now = 0.0
+        self._spent: dict[str, float] = {}
+
+    def add(self, step: int, wall: float, seconds: Mapping[str, float]) -> None:
+        """One interval; if its steps were made before, those were lost."""
+        if not seconds:  # an evaluation's record
+            return
+        self.forget_after(step - 1)
+        if self._began is None:
+            self._began = wall - sum(seconds.values())
+        self._now = wall
+        self._kept.append((step, dict(seconds)))
+        self._charge(seconds, +1)
+
+    def forget_after(self, step: int) -> None:
+        """A checkpoint of this step is what the run goes on from."""
+        while self._kept and self._kept[-1][0] > step:
+            self._charge(self._kept.pop()[1], -1)
+
+    def shares(self) -> dict[str, float]:
+        """Of the time since the start: by purpose, of the steps that stay; the rest is lost."""
+        if self._began is None:
+            return {}
+        total = max(self._now - self._began, 1e-9)
+        shares = {f"share/{what}": _short(spent / total) for what, spent in self._spent.items()}
+        lost = max(0.0, 1 - sum(self._spent.values()) / total)
+        return {**shares, "share/lost": round(lost, 4), "goodput": shares.get("share/step", 0.0)}
+
+    def _charge(self, seconds: Mapping[str, float], sign: int) -> None:
+        for what, spent in seconds.items():
+            self._spent[what] = max(0.0, self._spent.get(what, 0.0) + sign * spent)
+
+
+def _agreed(
+    elapsed: float, seconds: Mapping[str, float]
+) -> tuple[float, dict[str, float], float | None, dict[str, float]]:
+    """(interval, its seconds by purpose, the longest wait for data, memory), equal on all processes.
+
+    Times are means; the longest wait is None on a single process, memory empty where devices don't tell.
+    """
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peak, in_use = (
+        max(float(device.get(name, 0)) / 2**30 for device in stats) for name in ("peak_bytes_in_use", "bytes_in_use")
+    )
+    data_max = None
+    seconds = dict(sorted(seconds.items()))  # all processes have the same purposes, perhaps in another order
+    if jax.process_count() > 1:
+        mine = np.asarray([elapsed, seconds.get("data", 0.0), peak, in_use, *seconds.values()], np.float32)
+        rows = np.asarray(multihost_utils.process_allgather(mine), np.float64)
+        (elapsed, _, _, _, *means), (_, data_max, peak, in_use, *_) = rows.mean(0).tolist(), rows.max(0).tolist()
+        seconds = dict(zip(seconds, means, strict=True))
+    memory = {"memory/peak_gib": _short(peak), "memory/in_use_gib": _short(in_use)} if peak else {}
+    return elapsed, seconds, data_max, memory
+
+
+def _seconds_of(record: Mapping[str, Any]) -> dict[str, float]:
+    prefix = "seconds/"
+    return {
+        name.removeprefix(prefix): float(spent)
+        for name, spent in record.items()
+        if name.startswith(prefix) and name != "seconds/data_max"
+    }
+
+
+def _is_metric(name: str) -> bool:
+    """Whether a name in a record is the trainer's, and not one that depends on when and where the step was made."""
+    ours = ("step_seconds", "tflops_per_device", "mfu", "goodput")
+    return name not in ours and not name.startswith(("seconds/", "share/", "memory/")) and "_per_second" not in name
+
+
+def _short(number: float) -> float:
+    return float(f"{number:.4g}")
+
+
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
     """The records of a run, in the order of their steps.
 
@@ -224,7 +395,7 @@ def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
             continue
         try:
             record = json.loads(line)
-            names = tuple(sorted(name for name in record if not name.startswith(("seconds/", "steps_per"))))
+            names = tuple(sorted(filter(_is_metric, record)))
             records[record["step"], names] = record
         except (ValueError, KeyError, TypeError):
             warnings.warn(f"{path}:{number} is not a whole record and was left out", stacklevel=2)

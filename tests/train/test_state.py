@@ -41,7 +41,7 @@ def _start(name="adamw", mesh=None, **changes):
     optimizer, rate = state_lib.make_optimizer(_settings(name, **changes), total_steps=10)
     init = lambda: Net().init(jax.random.key(0), jnp.ones((1, 8)))["params"]  # noqa: E731
     state, shardings = state_lib.initialise(
-        state_lib.Program(init, optimizer, None, None, None), mesh or sharding.make_mesh()
+        state_lib.Program(init, optimizer, None, None, None, None), mesh or sharding.make_mesh()
     )
     return state, shardings, optimizer, rate
 

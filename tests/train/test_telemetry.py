@@ -115,6 +115,95 @@ def test_time_is_split_and_compiling_is_not_part_of_the_rate(tmp_path, clock):
     telemetry.close()
 
 
+def _work(batch):
+    clips, frames = batch["video"].shape[:2]
+    return {"clips": clips, "tokens": clips * frames * 10, "flops": clips * 8e12}
+
+
+def test_rates_are_of_training_alone_and_each_shape_counts_its_own_work(tmp_path, clock, monkeypatch):
+    monkeypatch.setattr(telemetry_module, "peak_flops", {"cpu": 2e12}.get)
+    video, image = {"video": np.zeros((4, 5))}, {"video": np.zeros((16, 1))}
+    stream = io.StringIO()
+    telemetry = Telemetry(tmp_path, num_steps=10, stream=stream)
+    for batch in (video, image, video, video, image):  # the first of a shape compiles
+        with telemetry.step(batch, _work):
+            clock.now += 2
+    for what in ("data", "evaluate", "save"):
+        with telemetry.timed(what):
+            clock.now += 6
+    record = telemetry.record(5, {"loss": 1.0})
+    assert (record["seconds/compile"], record["seconds/step"]) == (4, 6)
+    assert record["step_seconds"] == (6 + 6) / 3  # with the wait for data, without saving and evaluating
+    assert record["clips_per_second"] == (4 + 4 + 16) / 12
+    assert record["tokens_per_second"] == pytest.approx((2 * 4 * 5 * 10 + 16 * 10) / 12, rel=1e-3)
+    assert record["tflops_per_device"] == 24 * 8 / 12 / 8  # of eight devices
+    assert record["mfu"] == record["tflops_per_device"] / 2
+    assert "2 TFLOP/s a device  MFU 100%" in stream.getvalue()
+    with telemetry.step(video, _work):
+        clock.now += 2
+    assert telemetry.record(6, {"loss": 1.0})["clips_per_second"] == 2  # the next interval starts from nothing
+
+
+def test_a_device_whose_peak_is_not_known_has_no_mfu(tmp_path, clock):
+    with Telemetry(tmp_path, num_steps=10, stream=None) as telemetry:
+        for _ in range(2):
+            with telemetry.step({"video": np.zeros((4, 5))}, _work):
+                clock.now += 2
+        record = telemetry.record(2, {"loss": 1.0})
+    assert record["tflops_per_device"] == 2 and "mfu" not in record
+
+
+def test_what_restarts_lost_is_told_over_the_whole_run(tmp_path, clock):
+    def run(first, last):
+        with Telemetry(tmp_path, num_steps=9, first_step=first, stream=None) as telemetry:
+            for step in range(first + 1, last + 1):
+                with telemetry.timed("data"):
+                    clock.now += 1
+                with telemetry.timed("step"):
+                    clock.now += 3
+                record = telemetry.record(step, {"loss": 0.0})
+        return record
+
+    record = run(0, 3)
+    assert (record["goodput"], record["share/data"], record["share/lost"]) == (0.75, 0.25, 0)
+    clock.now += 20  # dead
+    record = run(1, 5)  # makes steps 2 and 3 again
+    assert clock.now - 100 == 48
+    assert record["share/lost"] == pytest.approx((20 + 8) / 48, abs=1e-4)
+    assert (record["goodput"], record["share/data"]) == pytest.approx((15 / 48, 5 / 48), rel=1e-3)
+    record = run(5, 6)  # a restart without a loss
+    assert record["share/lost"] == pytest.approx(28 / 52, abs=1e-4)
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_processes_agree_on_means_and_on_the_slowest(monkeypatch):
+    class Device:
+        def __init__(self, peak):
+            self.peak = peak
+
+        def memory_stats(self):
+            return {"peak_bytes_in_use": self.peak * 2**30, "bytes_in_use": 2**29}
+
+    def gather(mine):  # the other process waited two seconds more for data, and needed less memory
+        return np.stack([mine, mine + np.array([2, 2, -1, 0, 2, 0], np.float32)])
+
+    monkeypatch.setattr(telemetry_module.jax, "local_devices", lambda: [Device(3), Device(5)])
+    monkeypatch.setattr(telemetry_module.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(telemetry_module.multihost_utils, "process_allgather", gather)
+    elapsed, seconds, data_max, memory = telemetry_module._agreed(10.0, {"step": 7.0, "data": 1.0})
+    assert (elapsed, seconds, data_max) == (11, {"data": 2, "step": 7}, 3)
+    assert memory == {"memory/peak_gib": 5, "memory/in_use_gib": 0.5}
+
+
+def test_the_steps_that_are_asked_for_are_profiled(tmp_path):
+    with Telemetry(tmp_path, num_steps=5, stream=None, profile=(2, 2)) as telemetry:
+        for step in range(5):
+            assert telemetry._is_profiling == (step == 3)  # between the two
+            with telemetry.step({"video": jnp.zeros((4, 5))}, _work):
+                jnp.ones(3).sum()
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
 def test_the_wait_for_device_arrays_is_charged_to_the_step(tmp_path, clock):
     class Slow:
         def __array__(self, dtype=None, copy=None):
