@@ -170,7 +170,8 @@ def test_a_worker_asked_to_stop(config, undisturbed, tmp_path):
     assert steps_written(tmp_path / "run")[-1] == step  # none is lost
     shutil.copytree(tmp_path / "run", tmp_path / "alone")
     assert finish(tmp_path / "run", config) == expected
-    assert steps_written(tmp_path / "run") == list(range(1, STEPS + 1))  # none is redone
+    assert steps_written(tmp_path / "run") == list(range(1, STEPS + 1))  # none is redone, and there is one log
+    assert all("seconds/data_max" in record for record in read_metrics(tmp_path / "run"))  # of both processes
     alone = finish(tmp_path / "alone", config, num_processes=1)
     np.testing.assert_allclose(list(alone.values()), list(expected.values()), rtol=2e-5)
 

@@ -12,7 +12,8 @@ import time
 
 run = json.loads(open(sys.argv[1]).read())  # noqa: SIM115
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={run['devices']}"
+patience = "--xla_cpu_collective_timeout_seconds=600 --xla_cpu_collective_call_terminate_timeout_seconds=600"
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={run['devices']} {patience}"
 
 import jax  # noqa: E402
 
@@ -26,11 +27,20 @@ if run["num_processes"] > 1:
     )
 
 from stvdm import config as base  # noqa: E402
+from stvdm import sharding  # noqa: E402
 from stvdm.data.loader import Loader  # noqa: E402
 from stvdm.train import autoencoder, dit  # noqa: E402
 
 config = {"autoencoder": base.autoencoder, "dit": base.dit}[run["kind"]]().unlock()
 config.update(run["config"])
+
+# Gloo waits thirty seconds for whoever comes to a group's first collective late, and two processes that compile on a
+# busy machine can be further apart: so the groups are made before.
+mesh = sharding.make_mesh(**config.mesh)
+whole = jax.sharding.PartitionSpec(mesh.axis_names)
+for axes in (("data",), ("fsdp",), ("data", "fsdp")):
+    meet = jax.shard_map(lambda x, axes=axes: jax.lax.psum(x, axes), mesh=mesh, in_specs=whole, out_specs=whole)
+    jax.block_until_ready(jax.jit(meet)(jax.numpy.zeros(mesh.size)))
 
 draw = Loader.__next__
 
