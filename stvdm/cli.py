@@ -17,11 +17,12 @@ import importlib
 import json
 import os
 import re
+import runpy
 import shlex
 import sys
 import textwrap
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -393,15 +394,21 @@ def _add_plan(commands: Any) -> None:
         _plan,
         "what a training run costs and whether it fits, before anything is rented",
         "stvdm plan --config=configs/dit_kinetic.py --autoencoder=configs/autoencoder_kinetic.py --topology=v5e:4x4",
-        "With --topology the training step is compiled by the real TPU compiler, which needs no TPU (it is in the "
-        "extra 'tpu', for Linux). Nothing is run.",
+        "With --compile or --topology the training step is compiled by the real TPU compiler, which needs no TPU (it "
+        "is in the extra 'tpu', for Linux). Nothing is run. What was compiled before is answered from a cache.",
     )
     _add_config(command)
     command.add_argument(
         "--autoencoder", metavar="FILE.py|DIR", help="config or folder of the autoencoder (default: the config's own)"
     )
-    command.add_argument("--topology", metavar="CHIP:SHAPE", help="compile for this slice, e.g. v5p:4x4x4 or v6e:8x8")
-    command.add_argument("--slices", type=_count, default=1, metavar="N", help="equal slices (default 1)")
+    command.add_argument("--compile", action="store_true", help="compile the step for the slice of the config")
+    command.add_argument("--topology", metavar="CHIP:SHAPE", help="compile it for another, e.g. v5p:4x4x4 or v6e:8x8")
+    command.add_argument("--slices", type=_count, metavar="N", help="equal slices (default: the config's)")
+    command.add_argument(
+        "--search", action="store_true", help="find the mesh, remat policy and micro-batches that fit and are quickest"
+    )
+    command.add_argument("--tries", type=_count, default=16, metavar="N", help="programs a search compiles (default 16)")
+    command.add_argument("--variants", action="store_true", help="compile every variant of FILE.py; prints a table")
     command.add_argument("--price", type=float, metavar="P", help="of a chip for an hour, to tell what clips cost")
     command.add_argument("--json", action="store_true", help="print JSON, for programs")
 
@@ -409,27 +416,86 @@ def _add_plan(commands: Any) -> None:
 def _plan(args: argparse.Namespace) -> None:
     # Before JAX starts: the compiler for TPUs beside a CPU, without asking around for a TPU that is not there.
     os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    from stvdm.planning import report
+
+    if args.variants:
+        names = runpy.run_path(args.config)["VARIANTS"]
+        made = {}
+        for name in names:
+            print(f"compiling {name}", file=sys.stderr, flush=True)
+            made[name] = _planner(args, load_config(f"{args.config}:{name}", args.overrides))(compiles=True)
+        print(json.dumps(made, indent=2) if args.json else report.as_table(made))
+        return
     config = load_config(args.config, args.overrides)
+    ask = _planner(args, config)
+    if args.search:
+        _search(args, config, ask)
+        return
+    made = ask(compiles=args.compile or args.topology is not None)
+    print(json.dumps(made, indent=2) if args.json else report.as_text(made, price=args.price))
+
+
+def _planner(args: argparse.Namespace, config: "ConfigDict") -> Callable[..., dict[str, Any]]:
+    """(edited config, or this one; compiles=whether) -> its plan, new or from the cache."""
+    from stvdm.planning import cache
+
+    autoencoder = _autoencoder_settings(config, args.autoencoder)
+    topology, num_slices = args.topology or config.topology, args.slices or config.num_slices
+
+    def ask(edited: "ConfigDict" = config, *, compiles: bool) -> dict[str, Any]:
+        if compiles and not topology:
+            raise ValueError(f"{args.config} names no slice to compile for: add --topology, e.g. --topology=v5p:4x4x4")
+
+        def make() -> dict[str, Any]:
+            from stvdm.planning import plan
+
+            return plan.make(edited, autoencoder, topology=topology if compiles else None, num_slices=num_slices)
+
+        where = [topology, num_slices] if compiles else None
+        return cache.answer({"config": edited.to_dict(), "autoencoder": autoencoder, "where": where}, make)
+
+    return ask
+
+
+def _search(args: argparse.Namespace, config: "ConfigDict", ask: Callable[..., dict[str, Any]]) -> None:
+    from stvdm.planning import chips, report, search
+
+    topology, num_slices = args.topology or config.topology, args.slices or config.num_slices
+    if not topology:
+        raise ValueError("--search: needs a slice to search for, e.g. --topology=v5p:4x4x4")
+    outline = ask(compiles=False)
+    where = chips.topology(topology, num_slices=num_slices)
+    found = search.search(
+        config,
+        outline,
+        chip=chips.CHIPS[where.chip],
+        num_devices=len(where.devices),
+        num_slices=num_slices,
+        ask=lambda edited: ask(edited, compiles=True)["compiled"],
+        tries=args.tries,
+        say=lambda text: print(text, file=sys.stderr, flush=True),
+    )
+    if args.json:
+        print(json.dumps({**outline, "search": found.to_json()}, indent=2))
+        return
+    print(report.as_text(outline))
+    print(search.as_text(found))
+    if found.best:
+        best = ask(search.edited(config, found.best.mesh, found.best.rung), compiles=True)
+        print(report.as_text(best, price=args.price))
+
+
+def _autoencoder_settings(config: "ConfigDict", named: str | None) -> dict[str, Any]:
+    """The settings of the autoencoder that a run uses: its own, or those of a config file, a run or an exported model."""
+    if config.kind == "autoencoder":
+        return config.model.to_dict()
+    named = named or config.autoencoder
+    if named.partition(":")[0].endswith(".py"):
+        return load_config(named).model.to_dict()
     from stvdm import checkpoint
-    from stvdm.planning import chips, plan
     from stvdm.sampling import pipeline
 
-    model: Any = config.model
-    if config.kind == "dit":
-        named = args.autoencoder or config.autoencoder
-        if named.partition(":")[0].endswith(".py"):
-            model = load_config(named).model
-        else:
-            model = checkpoint.load_model(pipeline.model_folder(named))[1]["autoencoder"]
-    coder = pipeline.autoencoder_of(model)
-    outline = plan.outline(config, coder)
-    fit = None
-    if args.topology:
-        fit = plan.compiled(config, coder, chips.topology(args.topology, num_slices=args.slices), outline)
-    if args.json:
-        print(json.dumps({**outline.to_json(), "compiled": fit and fit.to_json()}, indent=2, default=_plain))
-    else:
-        print(plan.as_text(outline, fit, price=args.price))
+    return checkpoint.load_model(pipeline.model_folder(named))[1]["autoencoder"]
 
 
 # ---------------------------------------------------------------------------------------------------------------- data

@@ -146,6 +146,8 @@ def _common() -> ConfigDict:
         final_fraction=0.0,  # of the peak, at the last step
         b1=0.9,
         b2=0.99,
+        moments="float32",  # what first moments are kept in: float32 or bfloat16; second ones stay float32, as their
+        # steps of a hundredth are less than bfloat16 can tell
         weight_decay=0.0,
         clip_norm=1.0,  # of the global gradient
         accumulate=1,  # micro-batches whose gradients are averaged into one step
@@ -153,6 +155,8 @@ def _common() -> ConfigDict:
     config.ema_decay = 0.999  # of the averaged weights, which are what is evaluated and exported
     config.max_skipped = 100  # steps with a non-finite loss or gradients that may be skipped before the run stops
     config.mesh = _section(data=-1, fsdp=1, context=1, tensor=1)  # devices along each axis; -1: the rest
+    config.topology = ""  # the TPU slice it is meant for, e.g. "v5p:4x4x4": what `stvdm plan --compile` compiles for
+    config.num_slices = 1  # equal slices of that topology
     config.log_every = 20  # steps
     config.eval_every = 1000  # steps; 0: never
     config.eval_batches = 4  # held-out batches an evaluation looks at, the same every time
@@ -196,6 +200,7 @@ def _problems(config: ConfigDict) -> Iterator[str]:
     data, optimizer = config.data, config.optimizer
     yield from _choice("data.source", data.source, ("kinetic_shapes", "folder", "latents"))
     yield from _choice("optimizer.name", optimizer.name, ("adamw", "muon"))
+    yield from _choice("optimizer.moments", optimizer.moments, ("float32", "bfloat16"))
     yield from _choice("optimizer.schedule", optimizer.schedule, ("cosine", "linear", "constant", "wsd"))
     if data.source in ("folder", "latents") and not data.path:
         yield f"data.path='': data.source={data.source!r} needs the folder to read."

@@ -28,6 +28,7 @@ MESH_AXES = ("data", "fsdp", "context", "tensor")
 AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {  # logical name -> mesh axes      what it splits
     "batch": ("data", "fsdp"),  # examples
     "tokens": "context",  # video tokens of one example
+    "rows": "context",  # rows of the frames of one example: convolutions exchange their borders
     "width": "fsdp",  # a weight's D
     "heads": "tensor",  # a weight's heads x head width, and activations by head
     "mlp": "tensor",  # a weight's F

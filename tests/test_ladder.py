@@ -49,6 +49,8 @@ LADDER = """
     evaluation.physics
     evaluation.run
     planning.chips
+    planning.cache
+    planning.report
     planning.flops
     train.compiler_flags
     train.supervisor
@@ -59,6 +61,7 @@ LADDER = """
     train.dit
     planning.collectives
     planning.plan
+    planning.search
     ablations
     demo
     cli

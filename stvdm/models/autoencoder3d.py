@@ -31,9 +31,13 @@ import numpy as np
 from stvdm import shapes
 from stvdm.models import tiling
 from stvdm.models.causal_conv import CausalConv, RMSNorm, Triple
+from stvdm.sharding import constrain
 
 Cache = dict[str, Any]  # the last inputs of the time convolutions; {} before the first chunk
 Statistics = dict[str, jax.Array]  # {"mean_z", "std_z"} of latents
+
+# Between stages frames lie split by rows; the compiler has neighbours exchange the borders that convolutions see.
+SPLIT = ("batch", None, "rows", None, None)
 
 
 class Autoencoder(nn.Module):
@@ -306,6 +310,7 @@ class Encoder(nn.Module):
         style, edge = self.style, self.style.kernels[0]
         x = CausalConv(self.widths[0], edge, dtype=style.dtype, name="conv_in")(x)
         for i, (width, half) in enumerate(itertools.zip_longest(self.widths, self.halves, fillvalue=(False, False))):
+            x = constrain(x, *SPLIT)
             x = style.stage(DownStage)(width, self.num_blocks, *half, style, name=f"stage_{i}")(x)
         x = style.stage(Middle)(style, name="middle")(x)
         x = nn.silu(RMSNorm(name="norm_out")(x))
@@ -325,6 +330,7 @@ class Decoder(nn.Module):
         x = CausalConv(self.widths[0], edge, dtype=style.dtype, name="conv_in")(x)
         x = style.stage(Middle)(style, name="middle")(x)
         for i, (width, double) in enumerate(itertools.zip_longest(self.widths, self.doubles, fillvalue=(False, False))):
+            x = constrain(x, *SPLIT)
             x = style.stage(UpStage)(width, self.num_blocks, *double, style, name=f"stage_{i}")(x)
         x = nn.silu(RMSNorm(name="norm_out")(x))
         return CausalConv(self.features, edge, dtype=style.dtype, name="conv_out")(x)

@@ -24,84 +24,128 @@ class Collective(NamedTuple):
     axes: tuple[str, ...]
     num: int
     bytes: float  # that one device sends
+    exact: bool = True  # False: some stand in a loop whose number of turns is not in the program; one turn counts
 
 
-_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_TYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
+BETWEEN_SLICES = "between slices"  # the kind of what goes over the network of the data centre
+
+_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_TYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "token": 0}
+
+Counts = dict[tuple[str, tuple[str, ...]], tuple[int, float, bool]]  # (kind, axes) -> num, bytes, exact
 
 
-def collectives_of(hlo: str, mesh: Mesh) -> Iterator[Collective]:
+def collectives_of(hlo: str, mesh: Mesh, *, num_slices: int = 1) -> Iterator[Collective]:
     """The collectives of a compiled program, loops multiplied out, by kind and by the mesh axes they run over.
 
     What a device sends of an array of s bytes among g devices, at the least: (g-1)/g s for a gather (s gathered), a
-    reduce-scatter (s scattered) and an all-to-all, twice that for an all-reduce, s for a permute.
+    reduce-scatter (s scattered) and an all-to-all, twice that for an all-reduce, s for a permute. Of the branches of a
+    conditional the one that sends most counts.
+
+    Raises:
+      ValueError: if the program says in a way that is not known here which devices form a group.
     """
     bodies = _computations(hlo)
-    found: dict[tuple[str, tuple[str, ...]], list[float]] = collections.defaultdict(lambda: [0, 0.0])
 
-    def walk(name: str, times: int) -> None:
+    def walk(name: str) -> Counts:
+        found: Counts = {}
         for line in bodies.get(name, ()):
             loop = re.search(r" while\(.*body=%?([\w.\-]+)", line)
+            branches = re.search(r"branch_computations=\{([^}]*)\}", line)
+            called = [*re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", line)]
+            called = called or ([part.strip().lstrip("%") for part in branches[1].split(",")] if branches else [])
             if loop:
-                trips = re.search(r"known_trip_count[^0-9]*(\d+)", line)
-                walk(loop[1], times * (int(trips[1]) if trips else 1))
-                continue
-            for called in re.findall(r"(?:calls|to_apply|branch_computations)=\{?%?([\w.\-]+)", line):
-                if " fusion(" in line or " call(" in line or " conditional(" in line or "-start(" in line:
-                    walk(called, times)
-            kind = re.search(rf" ({'|'.join(_COLLECTIVES)})(-start)?\(", line)
-            if not kind:
-                continue
-            result = line.split(" = ", 1)[1].split(f" {kind[1]}", 1)[0]
-            sizes = [_array_bytes(*array) for array in re.findall(r"(\w+)\[([\d,]*)\]", result)]
-            axes, group = _axes_of(line, mesh)
-            whole = max(sizes) * (group if kind[1] == "reduce-scatter" and not kind[2] else 1)
-            share = (group - 1) / group if group else 0.0
-            sent = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(kind[1], share) * whole
-            entry = found[kind[1], axes]
-            entry[0] += times
-            entry[1] += times * sent
+                turns = re.search(r"known_trip_count[^0-9]*(\d+)", line)
+                inside = walk(loop[1])
+                _merge(found, inside, times=int(turns[1]) if turns else 1, exact=turns is not None)
+            elif called:
+                _merge(found, max(map(walk, called), key=lambda counts: sum(entry[1] for entry in counts.values())))
+            elif inner := re.search(r" (?:fusion|call|async-start)\(.*(?:calls|to_apply)=%?([\w.\-]+)", line):
+                inside = walk(inner[1])
+                if inner[1].startswith("all-reduce-scatter"):  # a TPU's reduce-scatter: each keeps a part of the sum
+                    inside = {
+                        ("reduce-scatter" if kind == "all-reduce" else kind, axes): (num, size / 2, exact)
+                        for (kind, axes), (num, size, exact) in inside.items()
+                    }
+                _merge(found, inside)
+            else:
+                _merge(found, _collective(line, mesh, num_slices))
+        return found
 
-    walk("ENTRY", 1)
-    for (kind, axes), (num, size) in sorted(found.items(), key=lambda item: -item[1][1]):
-        yield Collective(kind, axes, int(num), size)
+    for (kind, axes), (num, size, exact) in sorted(walk("ENTRY").items(), key=lambda item: -item[1][1]):
+        yield Collective(kind, axes, num, size, exact)
+
+
+def _collective(line: str, mesh: Mesh, num_slices: int) -> Counts:
+    """The one collective of a line of a program, if it is one."""
+    between = re.search(r" = (.*?) send\(.*_xla_(?:megascale|host)_transfer\w*_type=\"?(\w+)", line)
+    if between:
+        twice = 2 * (num_slices - 1) / num_slices if "REDUCE" in between[2] else 1.0
+        return {(BETWEEN_SLICES, ("data",)): (1, twice * max(_arrays(between[1]), default=0.0), True)}
+    op = re.search(rf" = (.*?) ({'|'.join(_KINDS)})(-start)?\(", line)
+    if not op:
+        return {}
+    kind, starts = op[2], op[3] is not None
+    axes, group = _axes_of(line, mesh)
+    whole = sum(_arrays(op[1]))  # of the results; of what starts, of its operands too
+    if kind == "all-gather" and starts:
+        whole *= group / (group + 1)
+    elif kind == "reduce-scatter":
+        whole *= group / (group + 1) if starts else group
+    elif kind in ("collective-permute", "all-to-all") and starts:
+        whole /= 2
+    share = (group - 1) / group
+    sent = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(kind, share) * whole
+    return {(kind, axes): (1, sent, True)}
+
+
+def _merge(found: Counts, more: Counts, *, times: int = 1, exact: bool = True) -> None:
+    for key, (num, size, is_exact) in more.items():
+        had = found.get(key, (0, 0.0, True))
+        found[key] = (had[0] + times * num, had[1] + times * size, had[2] and is_exact and exact)
 
 
 def _computations(hlo: str) -> dict[str, list[str]]:
     """Name -> lines of each computation of an HLO text; the entry goes by the name "ENTRY"."""
-    bodies: dict[str, list[str]] = {}
+    bodies: dict[str, list[str]] = collections.defaultdict(list)
     current: list[str] = []
     for line in hlo.splitlines():
         head = re.match(r"^(ENTRY )?%?([\w.\-]+) .*\{\s*$", line)
         if head and not line.startswith(" "):
-            current = bodies.setdefault("ENTRY" if head[1] else head[2], [])
+            current = bodies["ENTRY" if head[1] else head[2]]
         else:
             current.append(line)
     return bodies
 
 
+def _arrays(shape: str) -> list[float]:
+    """Bytes of each array of a result such as "(f32[8,16]{1,0}, bf16[4])"; what keeps a transfer's state counts not."""
+    return [_array_bytes(kind, size) for kind, size in re.findall(r"(\w+)\[([\d,]*)\]", shape) if kind != "u32" or size]
+
+
 def _array_bytes(kind: str, dimensions: str) -> float:
-    size = _TYPE_BYTES.get(kind, 8 if kind.endswith("64") else 4)
-    return float(size * math.prod(int(n) for n in dimensions.split(",") if n))
+    width = 1 if kind.startswith("f8") else _TYPE_BYTES.get(kind, 8 if kind.endswith("64") else 4)
+    return float(width * math.prod(int(n) for n in dimensions.split(",") if n))
 
 
 def _axes_of(line: str, mesh: Mesh) -> tuple[tuple[str, ...], int]:
     """(mesh axes a collective runs over, devices in one group)."""
-    pairs = re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", line)
-    listed = re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", line)
-    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
+    said = re.search(r"(replica_groups|source_target_pairs)=(.*)", line)
+    text = said[2] if said else "{}"
+    iota = re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    shape = tuple(mesh.shape.values())
     if iota:
         rows, order = ([int(n) for n in part.split(",")] for part in (iota[1], iota[2]))
         ids = np.arange(math.prod(order)).reshape(order)
         if iota[3]:
             ids = ids.transpose([int(n) for n in iota[3].split(",")])
         groups = ids.reshape(rows).tolist()
+    elif listed := re.match(r"\{(\{[\d,{}]*\})\}", text):
+        groups = [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])]
+    elif text.startswith("{}"):
+        groups = [list(range(math.prod(shape)))]  # all devices
     else:
-        text = pairs or listed
-        groups = [] if text is None else [[int(n) for n in g.split(",")] for g in re.findall(r"\{([\d,]+)\}", text[1])]
-    shape = tuple(mesh.shape.values())
-    if not groups:  # all devices
-        groups = [list(range(math.prod(shape)))]
+        raise ValueError(f"groups of devices are told in a form that is not known here: {said and said[0][:120]!r}")
     axes: set[str] = set()
     for group in groups:
         places = np.stack(np.unravel_index(np.asarray(group), shape), axis=-1)

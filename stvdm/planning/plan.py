@@ -10,8 +10,7 @@ measured by; the step itself does more: the optimiser's, and what is computed ag
 The bound is a roofline: the step takes no less time than its arithmetic, its memory traffic or its communication would
 alone, at the peaks of `CHIPS`. A real step is slower. Nothing here has been compared with a real chip.
 
-    plan = outline(config, coder)
-    fit = compiled(config, coder, topology("v5p:4x4x4"))
+    report = make(config, autoencoder_settings, topology="v5p:4x4x4")        # JSON, which `report.as_text` reads
 """
 
 from __future__ import annotations
@@ -32,15 +31,32 @@ from ml_collections import ConfigDict
 from stvdm import config as base
 from stvdm import shapes, sharding
 from stvdm.models.autoencoder3d import Autoencoder
-from stvdm.planning.chips import CHIPS, DEVICES_PER_CHIP, Topology
+from stvdm.planning import chips
+from stvdm.planning.chips import CHIPS, Topology
 from stvdm.planning.collectives import Collective, collectives_of
 from stvdm.planning.flops import count_flops
+from stvdm.sampling import pipeline
 from stvdm.train import autoencoder as train_autoencoder
 from stvdm.train import dit as train_dit
 from stvdm.train import state as state_lib
 from stvdm.train.state import Program
 
 Tree = Any
+
+
+def make(config: ConfigDict, autoencoder: Any, *, topology: str | None = None, num_slices: int = 1) -> dict[str, Any]:
+    """The plan of a run as JSON; with a topology the step is compiled for that.
+
+    Args:
+      config: of a training.
+      autoencoder: the settings of its autoencoder, of which only the shapes matter.
+      topology: e.g. "v5p:4x4x4"; see `chips.topology`.
+      num_slices: equal slices of that topology.
+    """
+    coder = pipeline.autoencoder_of(autoencoder)
+    plan = outline(config, coder)
+    fit = None if topology is None else compiled(config, coder, chips.topology(topology, num_slices=num_slices), plan)
+    return {**plan.to_json(), "compiled": fit and fit.to_json()}
 
 
 # ---- from shapes alone ----------------------------------------------------------------------------------------------
@@ -106,68 +122,6 @@ def outline(config: ConfigDict, coder: Autoencoder) -> Outline:
     )
 
 
-def as_text(plan: Outline, fit: Fit | None = None, *, price: float | None = None) -> str:
-    """A plan for people; ``price`` is that of a chip for an hour."""
-    lines = []
-    for clip in plan.to_json()["clips"]:
-        video, latent, grid = ("x".join(map(str, clip[name])) for name in ("video", "latent", "grid"))
-        line = f"clips of {video} -> latents of {latent}x{plan.latent_channels}, {clip['compression']:.1f} times fewer"
-        if plan.kind == "dit":
-            pairs = clip["attention_pairs"]
-            line += (
-                f" -> {clip['tokens']:,} tokens ({grid}); attention pairs a layer: full {pairs['full']:,}, "
-                f"factorised {pairs['factorised']:,} ({pairs['full'] / pairs['factorised']:.1f} times fewer)"
-            )
-        lines.append(f"{line}; batch {clip['batch']}")
-    total, flops = sum(plan.parameters.values()), sum(plan.step_flops.values())
-    lines.append(f"parameters: {_short(total)}: " + _shares(plan.parameters, total))
-    lines.append(
-        f"a step: {_short(flops)}FLOP, of these {_short(plan.model_flops)} of the model: "
-        + _shares(plan.step_flops, flops)
-    )
-    if fit is None:
-        return "\n".join(lines)
-    mesh = ", ".join(f"{axis} {size}" for axis, size in fit.mesh.items() if size > 1) or "one device"
-    lines.append(f"compiled for {fit.topology} ({fit.num_devices} devices: {mesh}) in {fit.compile_seconds:.0f} s")
-    share = f"{_gib(fit.needed_bytes)} of {_gib(fit.limit_bytes)} GiB a device"
-    if not fit.fits:
-        lines.append(f"  does not fit: {share}")
-        return "\n".join(lines)
-    lines.append(
-        f"  fits: {share}, {1 - fit.needed_bytes / fit.limit_bytes:.0%} to spare "
-        f"(arguments {_gib(fit.argument_bytes)}, temporaries {_gib(fit.temporary_bytes)})"
-    )
-    for collective in fit.collectives:
-        over = " and ".join(collective.axes) or "nothing"
-        lines.append(
-            f"  {collective.kind} over {over}: {collective.num} a step, {_short(collective.bytes)}B sent by a device"
-        )
-    bounds = ", ".join(f"{name} {seconds * 1e3:.3g} ms" for name, seconds in fit.bounds.items() if seconds)
-    lines.append(
-        f"  no step is shorter than {fit.step_seconds * 1e3:.3g} ms ({bounds}); at that, MFU {fit.utilisation:.0%}"
-    )
-    chips = fit.num_devices / DEVICES_PER_CHIP.get(fit.topology.partition(":")[0], 1)
-    hours = 1000 / plan.clips[0].batch * fit.step_seconds / 3600 * chips
-    cost = "" if price is None else f", {hours * price:.3g} at {price:g} a chip-hour"
-    lines.append(f"  a thousand clips: at least {hours:.3g} chip-hours{cost}")
-    return "\n".join(lines)
-
-
-def _shares(parts: dict[str, Any], total: float) -> str:
-    return ", ".join(f"{name} {value / total:.0%}" for name, value in parts.items() if value / total >= 0.01)
-
-
-def _short(number: float) -> str:
-    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:.0f} "
-
-
-def _gib(number: float) -> str:
-    return f"{number / 2**30:.2f}"
-
-
 def _program(config: ConfigDict, coder: Autoencoder, mesh: Mesh | None) -> tuple[Program, tuple[Any, ...]]:
     """The program of a run, and the arguments of its step as shapes, split over the mesh if there is one."""
     base.validate(config)
@@ -210,8 +164,11 @@ class Fit:
     """What the compiler says of a step. Bytes are per device, times in seconds."""
 
     topology: str
-    mesh: dict[str, int]
+    num_slices: int
     num_devices: int
+    mesh: dict[str, int]
+    remat: str
+    accumulate: int
     fits: bool
     limit_bytes: float
     needed_bytes: float  # as the compiler counts, where it refuses; else arguments + temporaries - what is reused
@@ -263,12 +220,16 @@ def compiled(config: ConfigDict, coder: Autoencoder, where: Topology, plan: Outl
             collectives = tuple(collectives_of(program_here.as_text() or "", mesh))
     sent = {"links": 0.0, "network": 0.0}
     for collective in collectives:
-        between_slices = where.num_slices > 1 and "data" in collective.axes
-        sent["network" if between_slices else "links"] += collective.bytes
+        crossing = collective.bytes * _crossing(collective, mesh, where.num_slices)
+        sent["network"] += crossing
+        sent["links"] += collective.bytes - crossing
     return Fit(
         topology=where.name,
-        mesh={axis: int(size) for axis, size in mesh.shape.items()},
+        num_slices=where.num_slices,
         num_devices=len(where.devices),
+        mesh={axis: int(size) for axis, size in mesh.shape.items()},
+        remat=config.model.remat,
+        accumulate=config.optimizer.accumulate,
         fits=bool(needed <= limit),
         limit_bytes=limit,
         needed_bytes=needed,
@@ -289,3 +250,15 @@ def compiled(config: ConfigDict, coder: Autoencoder, where: Topology, plan: Outl
 
 def _bytes(number: str, unit: str) -> float:
     return float(number) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[unit]
+
+
+def _crossing(collective: Collective, mesh: Mesh, num_slices: int) -> float:
+    """The least share of what a device sends that must go from slice to slice, which only the data axis does.
+
+    A reduction or gather in two stages, inside the slices and then between them, sends S/g (s-1) of its S bytes over
+    the network from each of g devices in s slices, of the S/g (g-1) that it sends at all; twice both for an all-reduce.
+    """
+    if num_slices == 1 or "data" not in collective.axes:
+        return 0.0
+    group = math.prod(mesh.shape[axis] for axis in collective.axes)
+    return (num_slices - 1) / (group - 1)

@@ -178,12 +178,15 @@ def make_optimizer(config: ConfigDict, total_steps: int) -> tuple[optax.Gradient
     rate = optax.join_schedules([warmup, course], [config.warmup_steps])
     decayed = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)  # noqa: E731
     if config.name == "adamw":
-        descent = optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=decayed)
+        descent = optax.adamw(
+            rate, b1=config.b1, b2=config.b2, mu_dtype=config.moments, weight_decay=config.weight_decay, mask=decayed
+        )
     else:
         descent = optax.contrib.muon(
             rate,
             adam_b1=config.b1,
             adam_b2=config.b2,
+            mu_dtype=config.moments,
             weight_decay=config.weight_decay,
             adam_weight_decay=config.weight_decay,
             weight_decay_mask=decayed,

@@ -56,3 +56,67 @@ def test_loops_are_multiplied_out():
 )
 def test_groups_of_devices_are_told_as_mesh_axes(groups, axes, size):
     assert _axes_of(f"x = f32[8] all-reduce(y), {groups}", sharding.make_mesh(data=2, fsdp=4)) == (axes, size)
+
+
+def collective(line, body=""):
+    """The collectives of a program of eight devices that holds one line, and perhaps another computation."""
+    hlo = f"{body}ENTRY %main (p: f32[8]) -> f32[8] {{\n  {line}\n}}\n"
+    return list(collectives_of(hlo, sharding.make_mesh(data=2, fsdp=4), num_slices=2))
+
+
+FSDP = "replica_groups=[2,4]<=[8]"
+
+
+@pytest.mark.parametrize(
+    ("line", "kind", "sent"),
+    [
+        (f"%x = (f32[8,2]{{1,0}}, bf16[16]{{0}}) all-reduce(%a, %b), {FSDP}, to_apply=%add", "all-reduce", 1.5 * 96),
+        (f"%x = (f32[4]{{0}}, f32[16]{{0}}) all-gather-start(%a), {FSDP}", "all-gather", 0.75 * 64),
+        (f"%x = ((f32[4], f32[2]), (f32[16], f32[8])) all-gather-start(%a, %b), {FSDP}", "all-gather", 0.75 * 96),
+        (f"%x = f32[4]{{0}} reduce-scatter(%a), {FSDP}, to_apply=%add", "reduce-scatter", 0.75 * 64),
+        (f"%x = ((f32[16]), f32[4]) reduce-scatter-start(%a), {FSDP}", "reduce-scatter", 0.75 * 64),
+        (f"%x = (f32[4], f32[4], f32[4], f32[4]) all-to-all(%a, %b, %c, %d), {FSDP}", "all-to-all", 0.75 * 64),
+        (
+            "%x = (f32[16], f32[16], u32[], u32[]) collective-permute-start(%a), source_target_pairs={{0,1},{1,0}}",
+            "collective-permute",
+            64,
+        ),
+        ("%x = f8e4m3fn[16] collective-permute(%a), source_target_pairs={{0,1},{1,0}}", "collective-permute", 16),
+    ],
+)
+def test_results_of_several_arrays_and_what_starts_are_counted_once(line, kind, sent):
+    (found,) = collective(line)
+    assert (found.kind, found.axes, found.num, found.exact) == (kind, ("fsdp",), 1, True)
+    assert found.bytes == pytest.approx(sent)
+
+
+def test_a_tpu_scatters_its_sums_in_a_fusion():
+    body = f"%all-reduce-scatter.3 (a: f32[16]) -> f32[4] {{\n  %s = f32[16] all-reduce(%a), {FSDP}, to_apply=%add\n}}\n\n"
+    (found,) = collective("%x = f32[4] fusion(%a), kind=kCustom, calls=%all-reduce-scatter.3", body)
+    assert found[:4] == ("reduce-scatter", ("fsdp",), 1, 0.75 * 64)
+
+
+def test_of_a_conditional_the_dearest_branch_counts():
+    body = "".join(
+        f"%{name} (a: f32[{n}]) -> f32[{n}] {{\n  %s = f32[{n}] all-reduce(%a), {FSDP}, to_apply=%add\n}}\n\n"
+        for name, n in (("one", 4), ("two", 16))
+    )
+    (found,) = collective("%x = f32[16] conditional(%i, %a, %b), branch_computations={%one, %two}", body)
+    assert found.bytes == 1.5 * 64
+    (found,) = collective("%x = f32[16] conditional(%i, %a), true_computation=%two, false_computation=%one", body)
+    assert found.bytes == 1.5 * 64
+
+
+def test_a_loop_without_its_number_of_turns_is_said():
+    body = f"%body (a: f32[16]) -> f32[16] {{\n  %s = f32[16] all-reduce(%a), {FSDP}, to_apply=%add\n}}\n\n"
+    (found,) = collective("%x = f32[16] while(%a), condition=%c, body=%body", body)
+    assert (found.num, found.exact) == (1, False)
+    (found,) = collective(
+        '%x = f32[16] while(%a), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"5"}}', body
+    )
+    assert (found.num, found.exact) == (5, True)
+
+
+def test_groups_told_in_an_unknown_way_are_refused():
+    with pytest.raises(ValueError, match="not known here"):
+        collective("%x = f32[16] all-reduce(%a), replica_groups=mesh['x'=8]{'x'}")

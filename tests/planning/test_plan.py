@@ -4,6 +4,7 @@
 import importlib.util
 import json
 import math
+import types
 
 import jax
 import pytest
@@ -11,7 +12,8 @@ import pytest
 from stvdm import cli
 from stvdm import config as base
 from stvdm.models.autoencoder3d import Autoencoder
-from stvdm.planning import chips, plan
+from stvdm.planning import chips, plan, report
+from stvdm.planning.collectives import Collective
 from stvdm.train import dit as train_dit
 
 CODER = Autoencoder(
@@ -67,9 +69,10 @@ def test_an_autoencoder_has_a_plan_too():
     config = base.autoencoder()
     config.model.update(dict(width=8, multipliers=(1, 1), spatial_down=(True,), temporal_down=(True,)))
     config.data.buckets = ((5, 16, 16, 8, 1.0),)
-    outline = plan.outline(config, Autoencoder(**config.model))
-    assert outline.step_flops["decoder"] > outline.step_flops["encoder"] > 0
-    assert "clips of 5x16x16 -> latents of 3x8x8x16" in plan.as_text(outline)
+    made = plan.make(config, config.model.to_dict())
+    assert made["step_flops"]["decoder"] > made["step_flops"]["encoder"] > 0
+    assert made["compiled"] is None
+    assert "clips of 5x16x16 -> latents of 3x8x8x16" in report.as_text(made)
 
 
 def test_a_slice_that_does_not_exist_is_refused():
@@ -89,14 +92,31 @@ def test_without_the_tpu_compiler_the_extra_is_named(monkeypatch):
 
 
 def test_the_command_prints_tables_and_json(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli.os, "environ", dict(cli.os.environ))
+    monkeypatch.setattr(cli.os, "environ", {**cli.os.environ, "STVDM_CACHE": str(tmp_path)})
     arguments = ["plan", "--config=configs/dit_kinetic.py", "--autoencoder=configs/autoencoder_kinetic.py"]
     assert cli.main(arguments) == 0
     assert "80 tokens (5x4x4)" in capsys.readouterr().out
     assert cli.main([*arguments, "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert report["clips"][0]["tokens"] == 80
-    assert report["compiled"] is None
+    told = json.loads(capsys.readouterr().out)
+    assert told["clips"][0]["tokens"] == 80
+    assert told["compiled"] is None
+    monkeypatch.setattr(plan, "make", lambda *_, **__: pytest.fail("this was asked before"))
+    assert cli.main(arguments) == 0
+
+
+def test_a_search_needs_a_slice(capsys, monkeypatch):
+    monkeypatch.setattr(cli.os, "environ", dict(cli.os.environ))
+    assert cli.main(["plan", "--config=configs/dit_kinetic.py", "--search"]) == 2
+    assert "--topology=v5p:4x4x4" in capsys.readouterr().err
+
+
+def test_what_crosses_between_slices_is_the_least_share():
+    mesh = types.SimpleNamespace(shape={"data": 4, "fsdp": 2})
+    over_data = Collective("all-reduce", ("data",), 1, 3.0)
+    assert plan._crossing(over_data, mesh, 2) == pytest.approx(1 / 3)
+    assert plan._crossing(over_data, mesh, 1) == 0
+    assert plan._crossing(over_data._replace(axes=("fsdp",)), mesh, 2) == 0
+    assert plan._crossing(over_data._replace(axes=("data", "fsdp")), mesh, 2) == pytest.approx(1 / 7)
 
 
 tpu_compiler = pytest.mark.skipif(
@@ -127,4 +147,4 @@ def test_too_much_for_the_memory_is_an_answer():
     fit = plan.compiled(config, CODER, chips.topology("v5e:1x1"), outline)
     assert not fit.fits
     assert fit.needed_bytes > fit.limit_bytes == pytest.approx(15.75 * 2**30)
-    assert "does not fit" in plan.as_text(outline, fit)
+    assert "does not fit" in report.as_text({**outline.to_json(), "compiled": fit.to_json()})

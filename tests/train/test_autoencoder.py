@@ -31,8 +31,11 @@ def test_resumed_equals_uninterrupted_bit_for_bit(autoencoder_config, tmp_path, 
     assert _digest(tmp_path / "parts") == _digest(tmp_path / "whole")
 
 
-def test_sharded_equals_single_device(autoencoder_config, tmp_path):
-    autoencoder.main(autoencoder_config(total_steps=3), tmp_path / "eight")
+@pytest.mark.parametrize("mesh", [dict(data=8), dict(data=2, fsdp=2, context=2)], ids=["examples", "and-rows"])
+def test_sharded_equals_single_device(autoencoder_config, tmp_path, mesh):
+    config = autoencoder_config(total_steps=3)
+    config.mesh.update(mesh)
+    autoencoder.main(config, tmp_path / "eight")
     with pytest.MonkeyPatch.context() as patch:
         whole = sharding.make_mesh
         patch.setattr(sharding, "make_mesh", lambda **axes: whole(**axes, devices=jax.devices()[:1]))

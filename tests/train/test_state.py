@@ -166,6 +166,30 @@ def test_a_stable_schedule_is_the_same_until_it_decays():
     np.testing.assert_allclose(rates[1][10:], np.linspace(1e-2, 0, 11), atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_first_moments_may_be_kept_in_half_the_bytes(name):
+    states = {}
+    for moments in ("float32", "bfloat16"):
+        state, _, optimizer, _ = _start(name, moments=moments)
+        for _ in range(3):
+            state, _ = state_lib.update(
+                state, _grads(state.params, X), loss=LOSS, optimizer=optimizer, ema_decay=0.9
+            )
+        states[moments] = state
+        kernels = [
+            (jax.tree_util.keystr(path), leaf.dtype)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)
+            if leaf.shape == (8, 4)
+        ]
+        assert {str(dtype) for where, dtype in kernels if ".mu" in where} == {moments}
+        assert all(dtype == jnp.float32 for where, dtype in kernels if ".nu" in where)
+    jax.tree.map(
+        lambda whole, half: np.testing.assert_allclose(whole, half, rtol=2e-2, atol=2e-3),
+        states["float32"].params,
+        states["bfloat16"].params,
+    )
+
+
 def test_clipping_bounds_the_step():
     state, _, optimizer, _ = _start(clip_norm=1e-3, b1=0.0, b2=0.0)
     huge = jax.tree.map(lambda p: 1e6 * jnp.ones_like(p), state.params)

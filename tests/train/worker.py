@@ -5,6 +5,7 @@ RUN.json: {"kind", "config" (all of it), "workdir", "num_processes", "port", "de
 "seconds" (that each batch takes, so that there is time to interfere)}.
 """
 
+import itertools
 import json
 import os
 import sys
@@ -38,7 +39,7 @@ config.update(run["config"])
 # busy machine can be further apart: so the groups are made before.
 mesh = sharding.make_mesh(**config.mesh)
 whole = jax.sharding.PartitionSpec(mesh.axis_names)
-for axes in (("data",), ("fsdp",), ("data", "fsdp")):
+for axes in [*itertools.chain.from_iterable(itertools.combinations(mesh.axis_names, n) for n in (1, 2, 3, 4))]:
     meet = jax.shard_map(lambda x, axes=axes: jax.lax.psum(x, axes), mesh=mesh, in_specs=whole, out_specs=whole)
     jax.block_until_ready(jax.jit(meet)(jax.numpy.zeros(mesh.size)))
 

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans as text, from their JSON alone: what is kept in the cache can be shown without tracing anything again.
+
+    print(as_text(report, price=4.2))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from stvdm.planning.chips import DEVICES_PER_CHIP
+
+Json = Mapping[str, Any]
+
+
+def as_text(report: Json, *, price: float | None = None) -> str:
+    """A plan for people; ``price`` is that of a chip for an hour."""
+    lines = []
+    for clip in report["clips"]:
+        video, latent, grid = ("x".join(map(str, clip[name])) for name in ("video", "latent", "grid"))
+        channels = report["latent_channels"]
+        line = f"clips of {video} -> latents of {latent}x{channels}, {clip['compression']:.1f} times fewer values"
+        if report["kind"] == "dit":
+            pairs = clip["attention_pairs"]
+            line += (
+                f" -> {clip['tokens']:,} tokens ({grid}); attention pairs a layer: full {pairs['full']:,}, "
+                f"factorised {pairs['factorised']:,} ({pairs['full'] / pairs['factorised']:.1f} times fewer)"
+            )
+        lines.append(f"{line}; batch {clip['batch']}")
+    total, flops = sum(report["parameters"].values()), sum(report["step_flops"].values())
+    lines.append(f"parameters: {short(total)}: " + _shares(report["parameters"], total))
+    lines.append(
+        f"a step: {short(flops)}FLOP, of these {short(report['model_flops'])} of the model: "
+        + _shares(report["step_flops"], flops)
+    )
+    if report.get("compiled"):
+        lines += _compiled(report["compiled"], batch=report["clips"][0]["batch"], price=price)
+    return "\n".join(lines)
+
+
+def _compiled(fit: Json, *, batch: int, price: float | None) -> list[str]:
+    slices = "" if fit["num_slices"] == 1 else f"{fit['num_slices']} slices of "
+    lines = [
+        f"compiled for {slices}{fit['topology']} ({fit['num_devices']} devices: {mesh_text(fit['mesh'])}; "
+        f"remat {fit['remat']}, {fit['accumulate']} micro-batches) in {fit['compile_seconds']:.0f} s"
+    ]
+    share = f"{gib(fit['needed_bytes'])} of {gib(fit['limit_bytes'])} GiB a device"
+    if not fit["fits"]:
+        return [*lines, f"  does not fit: {share}"]
+    lines.append(
+        f"  fits: {share}, {1 - fit['needed_bytes'] / fit['limit_bytes']:.0%} to spare "
+        f"(arguments {gib(fit['argument_bytes'])}, temporaries {gib(fit['temporary_bytes'])})"
+    )
+    for collective in fit["collectives"]:
+        over = " and ".join(collective["axes"]) or "nothing"
+        lines.append(
+            f"  {collective['kind']} over {over}: {collective['num']} a step, "
+            f"{short(collective['bytes'])}B sent by a device"
+        )
+    bounds = ", ".join(f"{name} {seconds * 1e3:.3g} ms" for name, seconds in fit["bounds"].items() if seconds)
+    lines.append(
+        f"  no step is shorter than {fit['step_seconds'] * 1e3:.3g} ms ({bounds}); at that, MFU {fit['utilisation']:.0%}"
+    )
+    hours = chip_hours(fit, batch=batch)
+    cost = "" if price is None else f", {hours * price:.3g} at {price:g} a chip-hour"
+    lines.append(f"  a thousand clips: at least {hours:.3g} chip-hours{cost}")
+    return lines
+
+
+COLUMNS = (
+    *("", "parameters", "clips", "tokens", "batch", "slice", "mesh", "remat"),
+    *("GiB a device", "least step", "MFU at that", "chip-hours for 1000 clips"),
+)
+
+
+def as_table(reports: Mapping[str, Json]) -> str:
+    """Compiled plans by name, as a Markdown table; times are bounds that no real step is below."""
+    rows = [COLUMNS, ("---",) * len(COLUMNS), *(_cells(name, report) for name, report in reports.items())]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _cells(name: str, report: Json) -> tuple[str, ...]:
+    clip, fit = report["clips"][0], report["compiled"]
+    slices = "" if fit["num_slices"] == 1 else f"{fit['num_slices']} x "
+    micro = "" if fit["accumulate"] == 1 else f", {fit['accumulate']} micro-batches"
+    left = (
+        f"`{name}`",
+        short(sum(report["parameters"].values())).strip(),
+        "x".join(map(str, clip["video"])),
+        f"{clip['tokens']:,}" if report["kind"] == "dit" else "",
+        str(clip["batch"]),
+        slices + fit["topology"],
+        mesh_text(fit["mesh"]),
+        fit["remat"] + micro,
+        f"{gib(fit['needed_bytes'])} of {gib(fit['limit_bytes'])}",
+    )
+    if not fit["fits"]:
+        return (*left, "does not fit", "", "")
+    hours = chip_hours(fit, batch=clip["batch"])
+    return (*left, f"{fit['step_seconds']:.3g} s", f"{fit['utilisation']:.0%}", f"{hours:.3g}")
+
+
+def chip_hours(fit: Json, *, batch: int) -> float:
+    """Of a thousand clips, if no step took longer than its bound."""
+    chips = fit["num_devices"] / DEVICES_PER_CHIP.get(fit["topology"].partition(":")[0], 1)
+    return 1000 / batch * fit["step_seconds"] / 3600 * chips
+
+
+def mesh_text(mesh: Mapping[str, int]) -> str:
+    return ", ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1) or "one device"
+
+
+def short(number: float) -> str:
+    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f} "
+
+
+def gib(number: float) -> str:
+    return f"{number / 2**30:.2f}"
+
+
+def _shares(parts: Mapping[str, float], total: float) -> str:
+    return ", ".join(f"{name} {value / total:.0%}" for name, value in parts.items() if value / total >= 0.01)

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trainings in several processes of this machine, four devices together, for tests."""
+
+import json
+import pathlib
+import socket
+import subprocess
+import sys
+import time
+
+from stvdm.train.telemetry import METRICS_FILE, read_metrics
+
+WORKER = pathlib.Path(__file__).parent / "worker.py"
+NUM_DEVICES = 4
+
+
+class Run:
+    """The processes of a run; they are killed if the test leaves them behind."""
+
+    def __init__(self, workdir, config, *, kind="autoencoder", num_processes=2, num_devices=NUM_DEVICES, seconds=0.0):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.workdir = workdir
+        workdir.mkdir(parents=True, exist_ok=True)
+        settings = {
+            "kind": kind,
+            "config": config.to_dict(),
+            "workdir": str(workdir),
+            "num_processes": num_processes,
+            "port": port,
+            "devices": num_devices // num_processes,
+            "seconds": seconds,
+        }
+        description = workdir.parent / f"{workdir.name}.json"
+        description.write_text(json.dumps(settings))
+        self.logs = [workdir.parent / f"{workdir.name}-{index}.log" for index in range(num_processes)]
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, str(WORKER), str(description), str(index)], stdout=log.open("w"), stderr=log.open("a")
+            )
+            for index, log in enumerate(self.logs)
+        ]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in self.processes:
+            process.kill()  # a frozen one too
+            process.wait()
+
+    def wait_for(self, condition, *, seconds=600):
+        """Until the condition holds, while all processes are alive."""
+        until = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < until and all(process.poll() is None for process in self.processes), self.said()
+            time.sleep(0.002)
+
+    def wait_for_step(self, step):
+        self.wait_for(lambda: step in steps_written(self.workdir))
+
+    def exit_codes(self, *, seconds=600):
+        """Of all processes, when they have ended by themselves."""
+        until = time.monotonic() + seconds
+        try:
+            return [process.wait(max(0.1, until - time.monotonic())) for process in self.processes]
+        except subprocess.TimeoutExpired:
+            raise AssertionError(self.said()) from None
+
+    def said(self):
+        return "\n".join(f"--- {log.name}\n{log.read_text()[-6000:]}" for log in self.logs)
+
+
+def steps_written(workdir):
+    path = workdir / METRICS_FILE
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line)["step"] for line in lines if line.endswith("}")]
+
+
+def losses(workdir):
+    return {record["step"]: record["loss"] for record in read_metrics(workdir) if "loss" in record}
+
+
+def saved(workdir):
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def finish(workdir, config, **settings):
+    with Run(workdir, config, **settings) as run:
+        assert run.exit_codes() == [0] * len(run.processes), run.said()
+    return losses(workdir)

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two and four processes train as one device does, whatever the mesh and the attention."""
+
+import numpy as np
+import pytest
+from runs import NUM_DEVICES, finish
+
+pytestmark = pytest.mark.slow
+
+MESHES = {
+    "fsdp": dict(data=1, fsdp=4),
+    "fsdp-context": dict(data=1, fsdp=2, context=2),
+    "context-tensor": dict(data=1, context=2, tensor=2),
+    "data-tensor": dict(data=2, tensor=2),
+}
+PATTERNS = ("full", "frame", "time", "window", "block_causal")
+
+
+@pytest.fixture
+def config(dit_config):
+    def make(mesh):
+        changes = {f"mesh__{axis}": size for axis, size in mesh.items()}
+        model = dict(model__attention=PATTERNS, model__num_layers=len(PATTERNS), model__window=(1, 1, 1))
+        return dit_config(total_steps=3, checkpoint_every=100, **model, **changes)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The losses of one process with one device; made by the first test that asks."""
+    folder, found = tmp_path_factory.mktemp("alone"), {}
+
+    def make(config):
+        if not found:
+            found.update(finish(folder / "run", config, kind="dit", num_processes=1, num_devices=1))
+        return found
+
+    return make
+
+
+@pytest.mark.parametrize(("num_processes", "mesh"), [(2, "fsdp"), (2, "fsdp-context"), (4, "context-tensor"), (4, "data-tensor")])
+def test_several_processes_train_as_one_device(config, alone, tmp_path, num_processes, mesh):
+    expected = alone(config(dict(data=1)))
+    found = finish(tmp_path / "run", config(MESHES[mesh]), kind="dit", num_processes=num_processes)
+    assert found.keys() == expected.keys() == {1, 2, 3}
+    assert num_processes <= NUM_DEVICES
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=2e-5)
