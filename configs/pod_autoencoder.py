@@ -41,7 +41,7 @@ def get_config(variant: str = "480p-v5p") -> ConfigDict:
     config = base.autoencoder()
     config.topology = run.topology
     config.mesh.update(run.mesh)
-    if run.kind == "4x16x16":  # the shape of Wan 2.2's: two pixels a side in one, then as often halved
+    if run.kind == "4x16x16":  # like the encoder of Wan 2.2's: two pixels a side in one, then as often halved
         config.model.latent_channels = 48
         config.model.unshuffle = 2
         config.model.width = 160

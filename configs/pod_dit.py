@@ -6,7 +6,8 @@
         --config.autoencoder=gs://BUCKET/autoencoder --config.data.path=/mnt/latents
 
 Expects latents that `stvdm preprocess` made. The sizes called 1.3b, 5b and 14b have the shapes of Wan 2.1 and 2.2
-(arXiv:2503.20314). **Unproven**: compiled for these slices, never run on one.
+(arXiv:2503.20314). Parameters and plans leave out the words, which are collected from the captions. **Unproven**:
+compiled for these slices, never run on one.
 
 TABLE
 """
@@ -41,7 +42,9 @@ RUNS = {
     "1.3b-480p-81f-v5p": Run("1.3b", 81, "480p", 16, "v5p:2x2x4", dict(fsdp=16), "everything"),
     "1.3b-720p-81f-v6e": Run("1.3b", 81, "720p", 32, "v6e:8x16", dict(fsdp=32, context=4), "everything"),
     "1.3b-480p-129f-tpu7x": Run("1.3b", 129, "480p", 32, "tpu7x:2x2x4", dict(fsdp=32), "everything"),
-    "5b-704p-121f-v5p": Run("5b", 121, "704p", 32, "v5p:4x4x4", dict(fsdp=32, context=2), "everything", 1, "720p-tpu7x"),
+    "5b-704p-121f-v5p": Run(
+        "5b", 121, "704p", 32, "v5p:4x4x4", dict(fsdp=32, context=2), "everything", 1, "720p-tpu7x"
+    ),
     "14b-480p-81f-v5p": Run("14b", 81, "480p", 16, "v5p:4x4x4", dict(fsdp=16, context=4), "everything"),
     "14b-720p-81f-v5p": Run("14b", 81, "720p", 8, "v5p:4x4x4", dict(fsdp=8, context=8), "everything"),
     "14b-720p-81f-v6e": Run("14b", 81, "720p", 32, "v6e:16x16", dict(fsdp=32, context=8), "everything"),

@@ -22,7 +22,7 @@ import shlex
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -407,7 +407,9 @@ def _add_plan(commands: Any) -> None:
     command.add_argument(
         "--search", action="store_true", help="find the mesh, remat policy and micro-batches that fit and are quickest"
     )
-    command.add_argument("--tries", type=_count, default=16, metavar="N", help="programs a search compiles (default 16)")
+    command.add_argument(
+        "--tries", type=_count, default=16, metavar="N", help="programs a search compiles (default 16)"
+    )
     command.add_argument("--variants", action="store_true", help="compile every variant of FILE.py; prints a table")
     command.add_argument("--price", type=float, metavar="P", help="of a chip for an hour, to tell what clips cost")
     command.add_argument("--json", action="store_true", help="print JSON, for programs")
@@ -419,83 +421,99 @@ def _plan(args: argparse.Namespace) -> None:
     from stvdm.planning import report
 
     if args.variants:
-        names = runpy.run_path(args.config)["VARIANTS"]
+        variants = runpy.run_path(args.config).get("VARIANTS")
+        if not variants:
+            raise ValueError(f"--variants: {args.config} lists none in VARIANTS, so plan it without.")
         made = {}
-        for name in names:
+        for name in variants:
             print(f"compiling {name}", file=sys.stderr, flush=True)
-            made[name] = _planner(args, load_config(f"{args.config}:{name}", args.overrides))(compiles=True)
+            planner = _Planner(load_config(f"{args.config}:{name}", args.overrides), args, compiles=True)
+            made[name] = planner.ask()
         print(json.dumps(made, indent=2) if args.json else report.as_table(made))
         return
-    config = load_config(args.config, args.overrides)
-    ask = _planner(args, config)
+    planner = _Planner(
+        load_config(args.config, args.overrides),
+        args,
+        compiles=args.compile or args.search or args.topology is not None,
+    )
     if args.search:
-        _search(args, config, ask)
+        _search(args, planner)
         return
-    made = ask(compiles=args.compile or args.topology is not None)
-    print(json.dumps(made, indent=2) if args.json else report.as_text(made, price=args.price))
+    plan = planner.ask()
+    print(json.dumps(plan, indent=2) if args.json else report.as_text(plan, price=args.price))
 
 
-def _planner(args: argparse.Namespace, config: "ConfigDict") -> Callable[..., dict[str, Any]]:
-    """(edited config, or this one; compiles=whether) -> its plan, new or from the cache."""
-    from stvdm.planning import cache
+class _Planner:
+    """Plans of a config and of its edits, made or from the cache."""
 
-    autoencoder = _autoencoder_settings(config, args.autoencoder)
-    topology, num_slices = args.topology or config.topology, args.slices or config.num_slices
+    def __init__(self, config: "ConfigDict", args: argparse.Namespace, *, compiles: bool) -> None:
+        self.config, self.compiles = config, compiles
+        self.topology, self.num_slices = args.topology or config.topology, args.slices or config.num_slices
+        if compiles and not self.topology:
+            raise ValueError(f"{args.config} names no slice to compile for: add one, e.g. --topology=v5p:4x4x4")
+        self._autoencoder = _autoencoder_settings(config, args.autoencoder)
 
-    def ask(edited: "ConfigDict" = config, *, compiles: bool) -> dict[str, Any]:
-        if compiles and not topology:
-            raise ValueError(f"{args.config} names no slice to compile for: add --topology, e.g. --topology=v5p:4x4x4")
+    def ask(self, edited: "ConfigDict | None" = None, *, compiles: bool | None = None) -> dict[str, Any]:
+        from stvdm.planning import cache
+
+        config = self.config if edited is None else edited
+        where = (self.topology, self.num_slices) if (self.compiles if compiles is None else compiles) else (None, 1)
 
         def make() -> dict[str, Any]:
             from stvdm.planning import plan
 
-            return plan.make(edited, autoencoder, topology=topology if compiles else None, num_slices=num_slices)
+            return plan.make(config, self._autoencoder, topology=where[0], num_slices=where[1])
 
-        where = [topology, num_slices] if compiles else None
-        return cache.answer({"config": edited.to_dict(), "autoencoder": autoencoder, "where": where}, make)
-
-    return ask
+        return cache.answer({"config": config.to_dict(), "autoencoder": self._autoencoder, "where": where}, make)
 
 
-def _search(args: argparse.Namespace, config: "ConfigDict", ask: Callable[..., dict[str, Any]]) -> None:
+def _search(args: argparse.Namespace, planner: _Planner) -> None:
     from stvdm.planning import chips, report, search
 
-    topology, num_slices = args.topology or config.topology, args.slices or config.num_slices
-    if not topology:
-        raise ValueError("--search: needs a slice to search for, e.g. --topology=v5p:4x4x4")
-    outline = ask(compiles=False)
-    where = chips.topology(topology, num_slices=num_slices)
+    def flops(remat: str) -> float:
+        edited = planner.config.copy_and_resolve_references()
+        edited.model.remat = remat
+        return sum(planner.ask(edited, compiles=False)["step_flops"].values())
+
+    outline = planner.ask(compiles=False)
     found = search.search(
-        config,
+        planner.config,
         outline,
-        chip=chips.CHIPS[where.chip],
-        num_devices=len(where.devices),
-        num_slices=num_slices,
-        ask=lambda edited: ask(edited, compiles=True)["compiled"],
+        chip=chips.CHIPS[chips.chip_of(planner.topology)],
+        num_devices=chips.num_devices(planner.topology, num_slices=planner.num_slices),
+        num_slices=planner.num_slices,
+        ask=lambda edited: planner.ask(edited)["compiled"],
+        flops=flops,
         tries=args.tries,
         say=lambda text: print(text, file=sys.stderr, flush=True),
     )
+    best = found.best and planner.ask(search.edited(planner.config, found.best.mesh, found.best.rung))
     if args.json:
-        print(json.dumps({**outline, "search": found.to_json()}, indent=2))
+        print(json.dumps({**(best or outline), "search": found.to_json()}, indent=2))
         return
     print(report.as_text(outline))
     print(search.as_text(found))
-    if found.best:
-        best = ask(search.edited(config, found.best.mesh, found.best.rung), compiles=True)
+    if best:
         print(report.as_text(best, price=args.price))
 
 
 def _autoencoder_settings(config: "ConfigDict", named: str | None) -> dict[str, Any]:
-    """The settings of the autoencoder that a run uses: its own, or those of a config file, a run or an exported model."""
+    """The settings of a run's autoencoder: its own, or those of a config file, a run or an exported model."""
     if config.kind == "autoencoder":
         return config.model.to_dict()
     named = named or config.autoencoder
     if named.partition(":")[0].endswith(".py"):
         return load_config(named).model.to_dict()
-    from stvdm import checkpoint
-    from stvdm.sampling import pipeline
+    from etils import epath
 
-    return checkpoint.load_model(pipeline.model_folder(named))[1]["autoencoder"]
+    folder = epath.Path(named).expanduser()
+    described = [path for path in (folder / "model" / "model.json", folder / "model.json") if path.exists()]
+    if not described:
+        raise FileNotFoundError(
+            f"autoencoder={named!r}: expected a run or a model there, or a config file; name one with --autoencoder, "
+            "e.g. --autoencoder=configs/autoencoder_kinetic.py"
+        )
+    return json.loads(described[0].read_text())["autoencoder"]
 
 
 # ---------------------------------------------------------------------------------------------------------------- data

@@ -10,6 +10,7 @@ when one of these changes it is made anew. The files are in $STVDM_CACHE, else i
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -19,6 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 COMPILERS = ("jax", "jaxlib", "libtpu", "flax", "optax")
 
 
@@ -29,20 +31,22 @@ def answer(question: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> d
       question: all that the answer depends on, beside sources and versions; JSON and tuples.
       make: gives the answer, JSON.
     """
-    asked = json.dumps([question, versions(), source_digest()], sort_keys=True, default=str)
+    flags = {name: os.environ.get(name, "") for name in FLAGS}
+    asked = json.dumps([question, flags, versions(), source_digest()], sort_keys=True, default=str)
     path = folder() / f"{hashlib.sha256(asked.encode()).hexdigest()[:32]}.json"
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         pass  # not asked before, or half written by an older program
-    made = json.loads(json.dumps(make(), default=_plain))
+    made = json.loads(json.dumps(make(), default=_plain, allow_nan=False))
     partial = path.with_suffix(f".{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(made), encoding="utf-8")
+        partial.write_text(json.dumps(made, allow_nan=False), encoding="utf-8")
         partial.replace(path)
     except OSError:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
     return made
 
 

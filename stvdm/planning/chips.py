@@ -6,6 +6,9 @@ where = topology("v5p:4x4x4")          # 64 devices for `sharding.make_mesh` and
 
 from __future__ import annotations
 
+import importlib.util
+import math
+import re
 from typing import Any, NamedTuple
 
 
@@ -22,10 +25,10 @@ class Chip(NamedTuple):
 
 _DOCS = "https://docs.cloud.google.com/tpu/docs/"
 CHIPS = {
-    "v5e": Chip(197e12, 0.80e12, 200e9, 3.1e9, 15.75, _DOCS + "v6e"),
+    "v5e": Chip(197e12, 0.819e12, 200e9, 3.125e9, 15.75, _DOCS + "v5e"),
     "v5p": Chip(459e12, 2.765e12, 600e9, 6.25e9, 95.74, _DOCS + "v5p"),
-    "v6e": Chip(918e12, 1.60e12, 400e9, 12.5e9, 31.25, _DOCS + "v6e"),
-    "tpu7x": Chip(2307e12 / 2, 7.38e12 / 2, 600e9 / 2, 12.5e9, 94.75, _DOCS + "tpu7x"),  # two devices a chip
+    "v6e": Chip(918e12, 1.640e12, 400e9, 12.5e9, 31.25, _DOCS + "v6e"),
+    "tpu7x": Chip(2307e12 / 2, 7.38e12 / 2, 600e9 / 2, 12.5e9 / 2, 94.75, _DOCS + "tpu7x"),  # two devices a chip
 }
 
 DEVICES_PER_CHIP = {"tpu7x": 2}
@@ -58,6 +61,26 @@ class Topology(NamedTuple):
     num_slices: int
 
 
+def num_devices(name: str, *, num_slices: int = 1) -> int:
+    """How many devices JAX sees in a slice such as "v5p:4x4x4", or in several, by its name alone."""
+    chip, shape = chip_of(name), name.partition(":")[2]
+    if not re.fullmatch(r"\d+(x\d+)*", shape):
+        raise ValueError(f"topology={name!r}: expected CHIP:SHAPE, e.g. v5p:4x4x4.")
+    return math.prod(map(int, shape.split("x"))) * DEVICES_PER_CHIP.get(chip, 1) * num_slices
+
+
+def chip_of(name: str) -> str:
+    """The chip of a slice such as "v5p:4x4x4".
+
+    Raises:
+      ValueError: if it is not in `CHIPS`.
+    """
+    chip = name.partition(":")[0]
+    if chip not in CHIPS:
+        raise ValueError(f"topology={name!r}: expected CHIP:SHAPE with a chip of {', '.join(CHIPS)}, e.g. v5p:4x4x4.")
+    return chip
+
+
 def topology(name: str, *, num_slices: int = 1) -> Topology:
     """The devices of a TPU slice such as "v5p:4x4x4", for the compiler alone; or of several equal slices.
 
@@ -66,19 +89,17 @@ def topology(name: str, *, num_slices: int = 1) -> Topology:
     """
     from jax.experimental import topologies
 
-    chip = name.partition(":")[0]
-    if chip not in CHIPS:
-        raise ValueError(f"topology={name!r}: expected CHIP:SHAPE with a chip of {', '.join(CHIPS)}, e.g. v5p:4x4x4.")
+    chip = chip_of(name)
     options: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if name.endswith(":1x1") else {}
     if num_slices > 1:
         options["num_slices"] = num_slices
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError(
+            f"topology={name!r}: the TPU compiler is not installed (no TPU is needed for it): "
+            "pip install 'stvdm[tpu]' on Linux, or plan without --compile."
+        )
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except Exception as error:
-        if "libtpu" in str(error).lower() or isinstance(error, ModuleNotFoundError):
-            raise ValueError(
-                f"topology={name!r}: the TPU compiler is not installed (no TPU is needed for it): "
-                "pip install 'stvdm[tpu]' on Linux, or plan without --compile."
-            ) from error
         raise ValueError(f"topology={name!r}: the TPU compiler does not know it: {error}") from error
     return Topology(name, chip, list(found.devices), num_slices)

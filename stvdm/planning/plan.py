@@ -33,12 +33,13 @@ from stvdm import shapes, sharding
 from stvdm.models.autoencoder3d import Autoencoder
 from stvdm.planning import chips
 from stvdm.planning.chips import CHIPS, Topology
-from stvdm.planning.collectives import Collective, collectives_of
+from stvdm.planning.collectives import BETWEEN_SLICES, Collective, collectives_of
 from stvdm.planning.flops import count_flops
 from stvdm.sampling import pipeline
 from stvdm.train import autoencoder as train_autoencoder
 from stvdm.train import dit as train_dit
 from stvdm.train import state as state_lib
+from stvdm.train.compiler_flags import COMPILER_FLAGS
 from stvdm.train.state import Program
 
 Tree = Any
@@ -136,7 +137,8 @@ def _program(config: ConfigDict, coder: Autoencoder, mesh: Mesh | None) -> tuple
             rows = {"latent": ((*coder.latent_shape((T, H, W)), coder.latent_channels), jnp.float32)}
         S = config.text.max_tokens
         rows |= {"tokens": ((S,), jnp.int32), "mask": ((S,), jnp.bool_)}
-        weights = jax.eval_shape(coder.init, jax.random.key(0), jnp.zeros((1, T, H, W, 3)))["params"]
+        clip = jax.ShapeDtypeStruct((1, T, H, W, 3), jnp.float32)
+        weights = jax.eval_shape(coder.init, jax.random.key(0), clip)["params"]
         scale = jax.ShapeDtypeStruct((coder.latent_channels,), jnp.float32)
         frozen = ({"autoencoder": nn.unbox(weights), "statistics": {"mean_z": scale, "std_z": scale}},)
     splits = (None, None) if mesh is None else (sharding.batch_sharding(mesh), sharding.replicated(mesh))
@@ -161,7 +163,7 @@ def parameters_by_part(boxed: Tree) -> dict[str, int]:
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """What the compiler says of a step. Bytes are per device, times in seconds."""
+    """What the compiler says of a step. Bytes are per device, times in seconds; None is what it did not say."""
 
     topology: str
     num_slices: int
@@ -170,14 +172,17 @@ class Fit:
     remat: str
     accumulate: int
     fits: bool
+    refusal: str  # what the compiler said, "" if it did not refuse
     limit_bytes: float
-    needed_bytes: float  # as the compiler counts, where it refuses; else arguments + temporaries - what is reused
-    argument_bytes: float
-    temporary_bytes: float
+    needed_bytes: (
+        float | None
+    )  # as the compiler counts, where it refuses; else arguments + temporaries - what is reused
+    argument_bytes: float | None
+    temporary_bytes: float | None
     collectives: tuple[Collective, ...]
     model_flops: float  # per device
     bounds: dict[str, float]  # the least time of a step for its arithmetic, memory, links and network, each alone
-    peak_flops: float  # of a device
+    chip: dict[str, Any]  # the peaks of a device, and where they are published
     compile_seconds: float
 
     @property
@@ -188,77 +193,87 @@ class Fit:
     @property
     def utilisation(self) -> float:
         """Model FLOPs utilisation of a step that takes no longer than the bound: a real one has less."""
-        return self.model_flops / (self.step_seconds * self.peak_flops)
+        return self.model_flops / (self.step_seconds * self.chip["flops"])
 
     def to_json(self) -> dict[str, Any]:
-        derived = {"step_seconds": self.step_seconds, "utilisation": self.utilisation} if self.fits else {}
+        derived: dict[str, Any] = {}
+        if self.needed_bytes is not None:
+            derived["margin_bytes"] = self.limit_bytes - self.needed_bytes
+        if self.fits:
+            derived |= {"step_seconds": self.step_seconds, "utilisation": self.utilisation}
         return {**dataclasses.asdict(self), "collectives": [c._asdict() for c in self.collectives], **derived}
 
 
 def compiled(config: ConfigDict, coder: Autoencoder, where: Topology, plan: Outline) -> Fit:
-    """Compiles the training step of a config for a topology. Not fitting is an answer, not an error."""
+    """Compiles the training step of a config for a topology, with the flags that a run there has.
+
+    Not fitting is an answer, not an error.
+    """
     chip = CHIPS[where.chip]
     mesh = sharding.make_mesh(**config.mesh, devices=where.devices)
     program, arguments = _program(config, coder, mesh)
     started = time.perf_counter()
-    needed, limit, argument, temporary = math.nan, chip.memory_gib * 2**30, math.nan, math.nan
-    collectives: tuple[Collective, ...] = ()
-    with jax.set_mesh(mesh):
-        out = jax.tree.map(lambda leaf: leaf.sharding, arguments[0])
-        lowered = jax.jit(program.step, donate_argnums=0, out_shardings=(out, None)).lower(*arguments)
-        try:
-            program_here = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            said = re.search(r"\(([\d.]+)([KMGT])\) exceeds available \w+ \(([\d.]+)([KMGT])\)", str(error))
-            if "RESOURCE_EXHAUSTED" not in str(error) or said is None:
-                raise
-            needed, limit = _bytes(said[1], said[2]), _bytes(said[3], said[4])
-        else:
-            memory: Any = program_here.memory_analysis()
-            argument, temporary = float(memory.argument_size_in_bytes), float(memory.temp_size_in_bytes)
-            needed = argument + temporary + memory.output_size_in_bytes - memory.alias_size_in_bytes
-            collectives = tuple(collectives_of(program_here.as_text() or "", mesh))
-    sent = {"links": 0.0, "network": 0.0}
-    for collective in collectives:
-        crossing = collective.bytes * _crossing(collective, mesh, where.num_slices)
-        sent["network"] += crossing
-        sent["links"] += collective.bytes - crossing
-    return Fit(
+    fit = Fit(
         topology=where.name,
         num_slices=where.num_slices,
         num_devices=len(where.devices),
         mesh={axis: int(size) for axis, size in mesh.shape.items()},
         remat=config.model.remat,
         accumulate=config.optimizer.accumulate,
-        fits=bool(needed <= limit),
-        limit_bytes=limit,
+        fits=False,
+        refusal="",
+        limit_bytes=chip.memory_gib * 2**30,
+        needed_bytes=None,
+        argument_bytes=None,
+        temporary_bytes=None,
+        collectives=(),
+        model_flops=plan.model_flops / len(where.devices),
+        bounds={},
+        chip=chip._asdict(),
+        compile_seconds=0.0,
+    )
+    with jax.set_mesh(mesh):
+        out = jax.tree.map(lambda leaf: leaf.sharding, arguments[0])
+        lowered = jax.jit(program.step, donate_argnums=0, out_shardings=(out, None)).lower(*arguments)
+        try:
+            program_here = lowered.compile(compiler_options=COMPILER_FLAGS[where.chip])
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            seconds = time.perf_counter() - started
+            return dataclasses.replace(fit, compile_seconds=seconds, **refused(str(error), fit.limit_bytes))
+    memory: Any = program_here.memory_analysis()
+    argument, output = float(memory.argument_size_in_bytes), float(memory.output_size_in_bytes)
+    needed = argument + memory.temp_size_in_bytes + output - memory.alias_size_in_bytes
+    collectives = tuple(collectives_of(program_here.as_text() or "", mesh, num_slices=where.num_slices))
+    network = sum(collective.bytes for collective in collectives if collective.kind == BETWEEN_SLICES)
+    links = sum(collective.bytes for collective in collectives) - network
+    return dataclasses.replace(
+        fit,
+        fits=bool(needed <= fit.limit_bytes),
         needed_bytes=needed,
         argument_bytes=argument,
-        temporary_bytes=temporary,
+        temporary_bytes=float(memory.temp_size_in_bytes),
         collectives=collectives,
-        model_flops=plan.model_flops / len(where.devices),
         bounds={
             "arithmetic": sum(plan.step_flops.values()) / len(where.devices) / chip.flops,
-            "memory": 2 * argument / chip.memory_bandwidth,  # weights and moments are read and written once
-            "links": sent["links"] / chip.link_bandwidth,
-            "network": sent["network"] / chip.network_bandwidth,
+            "memory": (argument + output) / chip.memory_bandwidth,  # what goes in and comes out, once
+            "links": links / chip.link_bandwidth,
+            "network": network / chip.network_bandwidth,
         },
-        peak_flops=chip.flops,
         compile_seconds=time.perf_counter() - started,
     )
 
 
-def _bytes(number: str, unit: str) -> float:
-    return float(number) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[unit]
-
-
-def _crossing(collective: Collective, mesh: Mesh, num_slices: int) -> float:
-    """The least share of what a device sends that must go from slice to slice, which only the data axis does.
-
-    A reduction or gather in two stages, inside the slices and then between them, sends S/g (s-1) of its S bytes over
-    the network from each of g devices in s slices, of the S/g (g-1) that it sends at all; twice both for an all-reduce.
-    """
-    if num_slices == 1 or "data" not in collective.axes:
-        return 0.0
-    group = math.prod(mesh.shape[axis] for axis in collective.axes)
-    return (num_slices - 1) / (group - 1)
+def refused(said: str, limit_bytes: float) -> dict[str, Any]:
+    """The fields of a `Fit` that a compiler's message of too little memory tells."""
+    first = next(line for line in said.splitlines() if "RESOURCE_EXHAUSTED" in line)
+    fields: dict[str, Any] = {"refusal": first.strip()[:400]}
+    size = r"([\d.]+)([KMGT])i?B?"
+    found = re.search(rf"\({size}\) exceeds available \w+ \({size}\)", said) or re.search(
+        rf"Used {size} of {size} hbm", said
+    )
+    if found:
+        needed, limit = (float(found[n]) * 2.0 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found[n + 1]] for n in (1, 3))
+        fields |= {"needed_bytes": needed, "limit_bytes": limit}
+    return fields

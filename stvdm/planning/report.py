@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plans as text, from their JSON alone: what is kept in the cache can be shown without tracing anything again.
 
-    print(as_text(report, price=4.2))
+print(as_text(report, price=4.2))
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ def as_text(report: Json, *, price: float | None = None) -> str:
                 f"factorised {pairs['factorised']:,} ({pairs['full'] / pairs['factorised']:.1f} times fewer)"
             )
         lines.append(f"{line}; batch {clip['batch']}")
+    if len(lines) > 1:
+        lines.append("of these the first is what follows:")
     total, flops = sum(report["parameters"].values()), sum(report["step_flops"].values())
     lines.append(f"parameters: {short(total)}: " + _shares(report["parameters"], total))
     lines.append(
@@ -45,22 +47,30 @@ def _compiled(fit: Json, *, batch: int, price: float | None) -> list[str]:
         f"compiled for {slices}{fit['topology']} ({fit['num_devices']} devices: {mesh_text(fit['mesh'])}; "
         f"remat {fit['remat']}, {fit['accumulate']} micro-batches) in {fit['compile_seconds']:.0f} s"
     ]
-    share = f"{gib(fit['needed_bytes'])} of {gib(fit['limit_bytes'])} GiB a device"
     if not fit["fits"]:
-        return [*lines, f"  does not fit: {share}"]
+        return [
+            *lines,
+            f"  does not fit: {room(fit)}",
+            *([f"  {fit['refusal']}"] if fit["needed_bytes"] is None else []),
+        ]
+    chip = fit["chip"]
     lines.append(
-        f"  fits: {share}, {1 - fit['needed_bytes'] / fit['limit_bytes']:.0%} to spare "
+        f"  fits: {room(fit)} a device, {fit['margin_bytes'] / fit['limit_bytes']:.0%} to spare "
         f"(arguments {gib(fit['argument_bytes'])}, temporaries {gib(fit['temporary_bytes'])})"
     )
     for collective in fit["collectives"]:
         over = " and ".join(collective["axes"]) or "nothing"
+        least = "" if collective["exact"] else "at least "
         lines.append(
-            f"  {collective['kind']} over {over}: {collective['num']} a step, "
+            f"  {collective['kind']} over {over}: {least}{collective['num']} a step, "
             f"{short(collective['bytes'])}B sent by a device"
         )
     bounds = ", ".join(f"{name} {seconds * 1e3:.3g} ms" for name, seconds in fit["bounds"].items() if seconds)
+    step = f"{fit['step_seconds'] * 1e3:.3g} ms"
+    lines.append(f"  no step is shorter than {step} ({bounds}); at that, MFU {fit['utilisation']:.0%}")
     lines.append(
-        f"  no step is shorter than {fit['step_seconds'] * 1e3:.3g} ms ({bounds}); at that, MFU {fit['utilisation']:.0%}"
+        f"  at peaks of {short(chip['flops'])}FLOP/s, memory {short(chip['memory_bandwidth'])}B/s, links "
+        f"{short(chip['link_bandwidth'])}B/s, network {short(chip['network_bandwidth'])}B/s a device ({chip['source']})"
     )
     hours = chip_hours(fit, batch=batch)
     cost = "" if price is None else f", {hours * price:.3g} at {price:g} a chip-hour"
@@ -93,7 +103,7 @@ def _cells(name: str, report: Json) -> tuple[str, ...]:
         slices + fit["topology"],
         mesh_text(fit["mesh"]),
         fit["remat"] + micro,
-        f"{gib(fit['needed_bytes'])} of {gib(fit['limit_bytes'])}",
+        room(fit).removesuffix(" GiB"),
     )
     if not fit["fits"]:
         return (*left, "does not fit", "", "")
@@ -105,6 +115,12 @@ def chip_hours(fit: Json, *, batch: int) -> float:
     """Of a thousand clips, if no step took longer than its bound."""
     chips = fit["num_devices"] / DEVICES_PER_CHIP.get(fit["topology"].partition(":")[0], 1)
     return 1000 / batch * fit["step_seconds"] / 3600 * chips
+
+
+def room(fit: Json) -> str:
+    """What is needed of what there is."""
+    needed = "more" if fit["needed_bytes"] is None else gib(fit["needed_bytes"])
+    return f"{needed} of {gib(fit['limit_bytes'])} GiB"
 
 
 def mesh_text(mesh: Mapping[str, int]) -> str:

@@ -6,8 +6,8 @@
 
 Meshes are put in the order of an estimate: arithmetic, and what the devices send each other, one after the other. In
 each, memory falls along one ladder, from remat "nothing" down to "everything" and on to more and more micro-batches,
-while time rises; bisection finds the first rung that fits. A mesh whose estimate at best is above what was found is
-not compiled. The estimate decides what is tried first; what fits, and what is best, the compiled programs decide.
+while time rises; bisection finds the first rung that fits. A mesh that is estimated slower than what was found is not
+compiled. The estimate decides what is tried; what fits, and what is best of it, the compiled programs decide.
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from stvdm import config as base
+from stvdm.models.context_parallel import split_context
 from stvdm.planning.chips import CHIPS, Chip
 from stvdm.planning.report import Json, gib, mesh_text
 
-REMAT = {"dit": ("nothing", "projections", "attention", "everything"), "autoencoder": ("nothing", "stages")}
+REMAT = {  # from most memory to least
+    "dit": ("nothing", "projections", "attention", "everything"),
+    "autoencoder": ("nothing", "stages"),
+}
 LARGEST = {"context": 16, "tensor": 8}  # beyond these a step of this model is all talk
-STATE_BYTES = 4 * 5  # of a parameter: weight, average, two moments, gradient
+STATE_BYTES = 4 * 3  # of a parameter, at the least: the weight, its average, one moment
 
 
 class Rung(NamedTuple):
@@ -41,24 +44,25 @@ class Tried(NamedTuple):
     mesh: dict[str, int]
     rung: Rung
     fits: bool
-    needed_bytes: float
-    seconds: float  # arithmetic, memory, links and network one after the other; infinite where it does not fit
+    needed_bytes: float | None  # None: the compiler refused without a number
+    seconds: float | None  # arithmetic, memory, links and network one after the other; None where it does not fit
 
 
 class Found(NamedTuple):
-    """What a search found: all it tried, in its order, and the number of meshes it left out as they cannot be better,
-    or, if it was stopped by ``tries``, as there was no time."""
+    """What a search found: all it tried, in its order, and how many meshes it left out, for which reason."""
 
     tried: list[Tried]
-    skipped: int
-    stopped: bool
+    too_large: int  # their weights, averages and moments alone do not fit
+    slower: int  # as estimated
+    unseen: int  # there were no ``tries`` left
     limit_bytes: float
-    state_bytes: float  # weights, average, moments and gradients alone, spread over all devices
+    state_bytes: float  # weights, average and one moment alone, spread over all devices
 
     @property
     def best(self) -> Tried | None:
         """The quickest that fits."""
-        return min((one for one in self.tried if one.fits), key=lambda one: one.seconds, default=None)
+        fitting = [(one.seconds, i) for i, one in enumerate(self.tried) if one.seconds is not None]
+        return self.tried[min(fitting)[1]] if fitting else None
 
     def to_json(self) -> dict[str, Any]:
         plain = [{**one._asdict(), "rung": one.rung._asdict()} for one in self.tried]
@@ -73,6 +77,7 @@ def search(
     num_devices: int,
     num_slices: int = 1,
     ask: Callable[[ConfigDict], Json],
+    flops: Callable[[str], float],
     tries: int = 16,
     say: Callable[[str], None] = lambda text: None,
 ) -> Found:
@@ -84,51 +89,55 @@ def search(
       chip: a row of `CHIPS`.
       num_devices, num_slices: what to spread it over.
       ask: the compiled part of the plan of an edited config.
+      flops: of a whole step under a remat policy.
       tries: programs to compile at most.
       say: is told of each.
 
     Raises:
       ValueError: if no mesh of these devices divides the batch and the model.
     """
-    meshes = sorted(
-        ((_estimate(config, outline, chip, mesh, num_slices), mesh) for mesh in _meshes(config, outline, num_devices, num_slices)),
-        key=lambda item: item[0],
-    )
-    if not meshes:
+    possible = list(_meshes(config, outline, num_devices, num_slices))
+    if not possible:
         raise ValueError(
             f"no mesh of {num_devices} devices in {num_slices} slices divides the batch of "
             f"{config.data.buckets[0][3]} clips and the model; change data.buckets' batch or take fewer devices."
         )
-    tried: list[Tried] = []
     limit_bytes = chip.memory_gib * 2**30
-    state_bytes = STATE_BYTES * sum(outline["parameters"].values()) / num_devices
-
-    def attempt(mesh: dict[str, int], rung: Rung) -> Tried:
-        fit = ask(edited(config, mesh, rung))
-        seconds = sum(fit["bounds"].values()) if fit["fits"] else math.inf
-        one = Tried(mesh, rung, fit["fits"], fit["needed_bytes"], seconds)
-        tried.append(one)
-        say(_row(one))
-        return one
-
+    state_bytes = STATE_BYTES * sum(outline["parameters"].values())
+    policies = _worthwhile(REMAT[config.kind], flops)
+    least_flops = flops(policies[0])
+    meshes = sorted(
+        (
+            (_estimate(config, outline, least_flops, chip, mesh, num_slices), i, mesh)
+            for i, mesh in enumerate(possible)
+            if state_bytes / (mesh["fsdp"] * mesh["tensor"]) <= limit_bytes
+        )
+    )
+    tried: list[Tried] = []
+    unseen = slower = 0
     fastest = math.inf
-    for number, (estimate, mesh) in enumerate(meshes):
+    for estimate, _, mesh in meshes:
         if estimate >= fastest:
-            return Found(tried, len(meshes) - number, False, limit_bytes, state_bytes)
-        ladder = list(_ladder(config, mesh))
+            slower += 1
+            continue
+        ladder = list(_ladder(config, mesh, policies))
         low, high = 0, len(ladder)  # the first rung that fits lies in [low, high]
-        while low < high:
-            if len(tried) >= tries:
-                return Found(tried, len(meshes) - number, True, limit_bytes, state_bytes)
+        while low < high and len(tried) < tries:
             middle = (low + high) // 2
             try:
-                one = attempt(mesh, ladder[middle])
+                fit = ask(edited(config, mesh, ladder[middle]))
             except ValueError as error:  # some weight does not divide over this mesh
                 say(f"{mesh_text(mesh)}: {error}")
                 break
-            low, high = (low, middle) if one.fits else (middle + 1, high)
-            fastest = min(fastest, one.seconds)
-    return Found(tried, 0, False, limit_bytes, state_bytes)
+            seconds = sum(fit["bounds"].values()) if fit["fits"] else None
+            tried.append(Tried(mesh, ladder[middle], fit["fits"], fit["needed_bytes"], seconds))
+            say(_row(tried[-1]))
+            low, high = (low, middle) if fit["fits"] else (middle + 1, high)
+            fastest = min(fastest, seconds or math.inf)
+        else:
+            unseen += low < high
+    too_large = len(possible) - len(meshes)
+    return Found(tried, too_large, slower, unseen, limit_bytes, state_bytes / num_devices)
 
 
 def edited(config: ConfigDict, mesh: Mapping[str, int], rung: Rung) -> ConfigDict:
@@ -142,31 +151,36 @@ def edited(config: ConfigDict, mesh: Mapping[str, int], rung: Rung) -> ConfigDic
 
 def as_text(found: Found) -> str:
     """What was tried, and what came of it, for people."""
-    lines = [f"compiled {len(found.tried)} programs, {found.skipped} meshes left out" + (
-        " (raise --tries to go on: what was compiled is kept)" if found.stopped else " as they cannot be quicker"
-    )]
-    lines += [f"  {_row(one)}" for one in found.tried]
+    left_out = {
+        "too large even for their weights": found.too_large,
+        "estimated slower": found.slower,
+        "not searched through (raise --tries to go on: what was compiled is kept)": found.unseen,
+    }
+    reasons = "".join(f"; {number} meshes {reason}" for reason, number in left_out.items() if number)
+    lines = [f"compiled {len(found.tried)} programs{reasons}", *(f"  {_row(one)}" for one in found.tried)]
     if found.best:
         mesh, rung = found.best.mesh, found.best.rung
         edits = [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
         edits += [f"--config.model.remat={rung.remat}", f"--config.optimizer.accumulate={rung.accumulate}"]
         return "\n".join([*lines, "the best that fits: " + " ".join(edits)])
-    least = min((one.needed_bytes for one in found.tried), default=found.state_bytes)
+    sizes = [one.needed_bytes for one in found.tried if one.needed_bytes is not None]
+    least = min(sizes, default=found.state_bytes)
     larger = [name for name, chip in CHIPS.items() if chip.memory_gib * 2**30 >= least]
+    of_those = "of those tried " if found.unseen else ""
     lines.append(
-        f"none fits: the leanest {'tried' if found.tried else 'state alone'} needs {gib(least)} of {gib(found.limit_bytes)} GiB a device. It would take about "
-        f"{math.ceil(least / found.limit_bytes)} times the devices"
-        + (f", or as many of {' or '.join(larger)}" if larger else "")
-        + "; or fewer frames or pixels."
+        f"none {of_those}fits: the leanest {'' if sizes else 'state '}needs {gib(least)} of {gib(found.limit_bytes)} GiB "
+        f"a device. Take at least {math.ceil(least / found.limit_bytes)} times the devices"
+        + (f", or {' or '.join(larger)}" if larger else "")
+        + ", or fewer frames or pixels."
     )
     return "\n".join(lines)
 
 
 def _row(one: Tried) -> str:
-    verdict = f"fits, {one.seconds * 1e3:.0f} ms" if one.fits else "does not fit"
+    verdict = "does not fit" if one.seconds is None else f"fits, {one.seconds * 1e3:.0f} ms"
+    needed = "too many" if one.needed_bytes is None else gib(one.needed_bytes)
     return (
-        f"{mesh_text(one.mesh)}; remat {one.rung.remat}, {one.rung.accumulate} micro-batches: "
-        f"{gib(one.needed_bytes)} GiB, {verdict}"
+        f"{mesh_text(one.mesh)}; remat {one.rung.remat}, {one.rung.accumulate} micro-batches: {needed} GiB, {verdict}"
     )
 
 
@@ -184,15 +198,20 @@ def _meshes(config: ConfigDict, outline: Json, num_devices: int, num_slices: int
         rest = num_devices // (context * tensor)
         if batch % rest or rest % num_slices:
             continue
-        for fsdp in sizes:
-            fits_width = not is_dit or config.model.width % fsdp == 0
-            if rest % fsdp == 0 and (rest // fsdp) % num_slices == 0 and fits_width:
+        for fsdp in sizes if is_dit else (1,):  # an autoencoder's weights are not split
+            divides = not is_dit or config.model.width % fsdp == 0
+            if rest % fsdp == 0 and (rest // fsdp) % num_slices == 0 and divides:
                 yield {"data": rest // fsdp, "fsdp": fsdp, "context": context, "tensor": tensor}
 
 
-def _ladder(config: ConfigDict, mesh: Mapping[str, int]) -> Iterator[Rung]:
+def _worthwhile(policies: tuple[str, ...], flops: Callable[[str], float]) -> tuple[str, ...]:
+    """The policies, without those that compute more again than one of less memory does."""
+    costs = [flops(policy) for policy in policies]
+    return tuple(policy for i, policy in enumerate(policies) if all(costs[i] < cost for cost in costs[i + 1 :]))
+
+
+def _ladder(config: ConfigDict, mesh: Mapping[str, int], policies: tuple[str, ...]) -> Iterator[Rung]:
     """Rungs of falling memory."""
-    policies = REMAT[config.kind]
     for remat in policies:
         yield Rung(remat, 1)
     local = config.data.buckets[0][3] // (mesh["data"] * mesh["fsdp"])
@@ -202,32 +221,27 @@ def _ladder(config: ConfigDict, mesh: Mapping[str, int]) -> Iterator[Rung]:
 
 
 def _estimate(
-    config: ConfigDict, outline: Json, chip: Chip, mesh: Mapping[str, int], num_slices: int
+    config: ConfigDict, outline: Json, flops: float, chip: Chip, mesh: Mapping[str, int], num_slices: int
 ) -> float:
-    """Seconds of a step at the top of the ladder, at least; infinite where its state alone does not fit.
+    """Seconds of a step that computes nothing again, if nothing of it ran side by side.
 
-    Weights are gathered twice and gradients scattered once over fsdp; gradients are summed over data; queries, keys,
-    values and results cross context in each layer, forward and backward; two sums a layer cross tensor, each way.
+    Weights are gathered twice and gradients scattered once over fsdp; gradients are summed over data and context. In
+    each layer queries, keys, values and results cross context by all-to-all, forward and backward, or keys and values
+    go round a ring; two sums cross tensor, each way.
     """
     weights = 4.0 * sum(outline["parameters"].values()) / mesh["tensor"]
-    if STATE_BYTES / 4 * weights / mesh["fsdp"] > chip.memory_gib * 2**30:
-        return math.inf
-    links = 3 * weights * _share(mesh["fsdp"])
-    network = 0.0
-    gradients = 2 * weights / mesh["fsdp"] * _share(mesh["data"])
-    if num_slices > 1:
-        network += gradients
-    else:
-        links += gradients
+    gradients = 2 * weights / mesh["fsdp"] * _share(mesh["data"] * mesh["context"])
+    between = gradients * (num_slices - 1) / max(1, mesh["data"] * mesh["context"] - 1)
+    links = 3 * weights * _share(mesh["fsdp"]) + gradients - between
     if config.kind == "dit":
         clips = outline["clips"][0]["batch"] / (mesh["data"] * mesh["fsdp"])
         width = 2 if config.model.dtype == "bfloat16" else 4
         stream = clips * outline["clips"][0]["tokens"] / mesh["context"] * config.model.width * width
-        layers = config.model.num_layers
-        links += 8 * stream / mesh["tensor"] * _share(mesh["context"]) * layers
-        links += 8 * stream * _share(mesh["tensor"]) * layers
-    arithmetic = outline["model_flops"] / (math.prod(mesh.values()) * chip.flops)
-    return arithmetic + links / chip.link_bandwidth + network / chip.network_bandwidth
+        all_to_all, ring = split_context(mesh["context"], config.model.num_heads // mesh["tensor"])
+        crossing = 8 * _share(all_to_all) + 6 * (ring - 1)
+        links += config.model.num_layers * stream * (crossing / mesh["tensor"] + 8 * _share(mesh["tensor"]))
+    arithmetic = flops / (math.prod(mesh.values()) * chip.flops)
+    return arithmetic + links / chip.link_bandwidth + between / chip.network_bandwidth
 
 
 def _share(parts: int) -> float:

@@ -91,7 +91,9 @@ def test_results_of_several_arrays_and_what_starts_are_counted_once(line, kind, 
 
 
 def test_a_tpu_scatters_its_sums_in_a_fusion():
-    body = f"%all-reduce-scatter.3 (a: f32[16]) -> f32[4] {{\n  %s = f32[16] all-reduce(%a), {FSDP}, to_apply=%add\n}}\n\n"
+    body = (
+        f"%all-reduce-scatter.3 (a: f32[16]) -> f32[4] {{\n  %s = f32[16] all-reduce(%a), {FSDP}, to_apply=%add\n}}\n\n"
+    )
     (found,) = collective("%x = f32[4] fusion(%a), kind=kCustom, calls=%all-reduce-scatter.3", body)
     assert found[:4] == ("reduce-scatter", ("fsdp",), 1, 0.75 * 64)
 

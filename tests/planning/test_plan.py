@@ -4,7 +4,6 @@
 import importlib.util
 import json
 import math
-import types
 
 import jax
 import pytest
@@ -13,13 +12,13 @@ from stvdm import cli
 from stvdm import config as base
 from stvdm.models.autoencoder3d import Autoencoder
 from stvdm.planning import chips, plan, report
-from stvdm.planning.collectives import Collective
 from stvdm.train import dit as train_dit
 
-CODER = Autoencoder(
+CODER_SETTINGS = dict(
     latent_channels=16, width=8, multipliers=(1, 1, 1), num_res_blocks=0, unshuffle=2, grouping="uniform",
     spatial_down=(True, True), temporal_down=(True, True),
 )  # fmt: skip
+CODER = Autoencoder(**CODER_SETTINGS)
 
 
 def small_dit():
@@ -81,14 +80,45 @@ def test_a_slice_that_does_not_exist_is_refused():
 
 
 def test_without_the_tpu_compiler_the_extra_is_named(monkeypatch):
-    from jax.experimental import topologies
-
-    def missing(**_):
-        raise RuntimeError("JAX TPU support not installed; cannot generate TPU topology. libtpu is missing")
-
-    monkeypatch.setattr(topologies, "get_topology_desc", missing)
+    monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'stvdm\[tpu\]'"):
         chips.topology("v5e:2x2")
+
+
+@pytest.mark.parametrize(
+    ("name", "slices", "devices"), [("v5e:1x1", 1, 1), ("v5p:4x4x4", 2, 128), ("tpu7x:2x2x1", 1, 8)]
+)
+def test_devices_are_counted_from_the_name(name, slices, devices):
+    assert chips.num_devices(name, num_slices=slices) == devices
+
+
+def test_a_shape_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="expected CHIP:SHAPE"):
+        chips.num_devices("v5p:large")
+
+
+@pytest.mark.parametrize(
+    ("said", "needed", "limit"),
+    [
+        (
+            "INTERNAL\nRESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory: total memory required "
+            "(61.36G) exceeds available HBM (15.75G)",
+            61.36,
+            15.75,
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 40.5G of 31.25G hbm. Exceeded by 9G",
+            40.5,
+            31.25,
+        ),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 32.42M of 16.00M", None, None),
+    ],
+)
+def test_what_the_compiler_says_of_too_little_memory_is_read(said, needed, limit):
+    fields = plan.refused(said, 1.0)
+    assert fields["refusal"].startswith("RESOURCE_EXHAUSTED")
+    assert fields.get("needed_bytes") == (None if needed is None else pytest.approx(needed * 2**30))
+    assert fields.get("limit_bytes") == (None if limit is None else pytest.approx(limit * 2**30))
 
 
 def test_the_command_prints_tables_and_json(tmp_path, capsys, monkeypatch):
@@ -107,16 +137,31 @@ def test_the_command_prints_tables_and_json(tmp_path, capsys, monkeypatch):
 def test_a_search_needs_a_slice(capsys, monkeypatch):
     monkeypatch.setattr(cli.os, "environ", dict(cli.os.environ))
     assert cli.main(["plan", "--config=configs/dit_kinetic.py", "--search"]) == 2
-    assert "--topology=v5p:4x4x4" in capsys.readouterr().err
+    assert "names no slice to compile for: add one, e.g. --topology=v5p:4x4x4" in capsys.readouterr().err
 
 
-def test_what_crosses_between_slices_is_the_least_share():
-    mesh = types.SimpleNamespace(shape={"data": 4, "fsdp": 2})
-    over_data = Collective("all-reduce", ("data",), 1, 3.0)
-    assert plan._crossing(over_data, mesh, 2) == pytest.approx(1 / 3)
-    assert plan._crossing(over_data, mesh, 1) == 0
-    assert plan._crossing(over_data._replace(axes=("fsdp",)), mesh, 2) == 0
-    assert plan._crossing(over_data._replace(axes=("data", "fsdp")), mesh, 2) == pytest.approx(1 / 7)
+def test_a_file_without_variants_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli.os, "environ", dict(cli.os.environ))
+    file = tmp_path / "one.py"
+    file.write_text("from stvdm import config\nget_config = config.dit\n")
+    assert cli.main(["plan", f"--config={file}", "--variants"]) == 2
+    assert "lists none in VARIANTS" in capsys.readouterr().err
+
+
+def test_a_table_has_a_row_for_each_plan():
+    fit = dict(
+        topology="v5p:2x2x1", num_slices=2, num_devices=8, mesh=dict(data=2, fsdp=4), remat="everything", accumulate=2,
+        fits=True, needed_bytes=2.0 * 2**30, limit_bytes=95.74 * 2**30, step_seconds=1.8, utilisation=0.5,
+    )  # fmt: skip
+    made = {**plan.make(small_dit(), CODER_SETTINGS), "compiled": fit}
+    refused = {**made, "compiled": {**fit, "fits": False, "needed_bytes": None}}
+    table = report.as_table({"one": made, "two": refused}).splitlines()
+    assert len(table) == 4
+    assert (
+        "| 2 x v5p:2x2x1 | data 2, fsdp 4 | everything, 2 micro-batches | 2.00 of 95.74 | 1.8 s | 50% | 0.5 |"
+        in table[2]
+    )
+    assert "| more of 95.74 | does not fit |" in table[3]
 
 
 tpu_compiler = pytest.mark.skipif(
@@ -133,7 +178,8 @@ def test_the_real_step_compiles_for_a_slice():
     assert fit.fits
     assert fit.mesh == {"data": 2, "fsdp": 2, "context": 1, "tensor": 1}
     assert 0 < fit.needed_bytes < fit.limit_bytes
-    assert any(collective.kind == "all-reduce" for collective in fit.collectives)
+    assert {collective.kind for collective in fit.collectives} & {"all-reduce", "reduce-scatter"}
+    json.dumps(fit.to_json(), allow_nan=False)
     assert fit.step_seconds >= fit.bounds["arithmetic"] > 0
     assert 0 < fit.utilisation < 1
 
