@@ -28,12 +28,13 @@ are means over the processes, the wait for data also the slowest's, memory the f
 supervisor, if there is one, that they get on.
 
 Object stores (gs://, s3://) know no appending, and tensorboardX cannot write there: with such a `workdir` the files are
-written to a local folder and copied at most once in `copy_seconds`, and by `close()`.
+written to a local folder and copied at most once in `copy_seconds`, by `bring()` and by `close()`.
 """
 
 import contextlib
 import json
 import math
+import shutil
 import sys
 import tempfile
 import time
@@ -187,8 +188,9 @@ class Telemetry:
                 self._past.add(step, record["wall"], seconds)
                 record |= self._past.shares()
         if self._writes:
-            self._metrics.write(json.dumps(record, allow_nan=False) + "\n")
-            self._metrics.flush()
+            with self._explained():
+                self._metrics.write(json.dumps(record, allow_nan=False) + "\n")
+                self._metrics.flush()
             for name, value in record.items():
                 if name not in ("step", "wall"):
                     self._board.add_scalar(name, math.nan if value is None else value, step)
@@ -220,10 +222,15 @@ class Telemetry:
             video_BTHWC = transforms.from_model_range(np.nan_to_num(video_BTHWC))
         sheet = video.contact_sheet(list(video_BTHWC), captions or [""] * len(video_BTHWC))
         path = self._local / "previews" / f"{name}-{step:08d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(path)
+        with self._explained():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            sheet.save(path)
         self._board.add_image(f"previews/{name}", np.asarray(sheet), step, dataformats="HWC")
         self._copy()
+
+    def bring(self) -> None:
+        """Copy now, if the workdir is remote: with a checkpoint, so that what led to it lies beside it."""
+        self._copy(now=True)
 
     def say(self, text: str) -> None:
         """Print a line among the progress, e.g. what is compiling or where a run resumed."""
@@ -234,15 +241,31 @@ class Telemetry:
         """Flush, copy if the workdir is remote, and let go of the files. Closing twice is fine."""
         self._end_profile()
         if self._writes and not self._metrics.closed:
-            self._metrics.close()
-            self._board.close()
-            self._copy(now=True)
+            try:
+                with self._explained():
+                    self._metrics.close()
+                    self._board.close()
+            finally:
+                self._copy(now=True)
 
     def __enter__(self) -> "Telemetry":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """A write that fails says where, and what to do."""
+        try:
+            yield
+        except OSError as error:
+            free = shutil.disk_usage(self._local).free >> 20
+            raise OSError(
+                f"metrics and previews can't be written in {self._local}: {error.strerror or error}; {free:,} MiB are "
+                "free there. Make room, or see to what is said above, and give the same command again: it goes on from "
+                "the newest checkpoint."
+            ) from error
 
     def _progress_line(self, record: Mapping[str, Any], values: Mapping[str, float | None], elapsed: float) -> str:
         step = record["step"]

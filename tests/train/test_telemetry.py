@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -283,6 +284,23 @@ def test_staging_ends_up_in_the_workdir_and_continues_it(tmp_path, clock):
             assert (workdir / "previews" / f"samples-{last:08d}.png").exists()
     assert [r["loss"] for r in read_metrics(workdir) if "loss" in r] == [1, 2, 3, 4]
     assert list((workdir / "tensorboard").iterdir())
+
+
+def test_what_led_to_a_checkpoint_is_brought_with_it(tmp_path):
+    with Telemetry(tmp_path / "bucket", num_steps=4, stream=None, staging=tmp_path / "local") as telemetry:
+        telemetry.record(1, {"loss": 1.0})
+        telemetry.record(2, {"loss": 2.0})
+        telemetry.bring()
+        assert [record["loss"] for record in read_metrics(tmp_path / "bucket")] == [1.0, 2.0]
+
+
+def test_a_full_disk_is_named_with_what_to_do(tmp_path):
+    telemetry = Telemetry(tmp_path, num_steps=4, stream=None)
+    telemetry._metrics.close()
+    telemetry._metrics = open("/dev/full", "w")  # noqa: SIM115
+    said = re.escape(str(tmp_path)) + ": No space left on device; .* MiB are free there. Make room"
+    with pytest.raises(OSError, match=said), telemetry:
+        telemetry.record(1, {"loss": 1.0})
 
 
 def test_a_failed_copy_warns_and_training_goes_on(tmp_path, monkeypatch):
