@@ -204,6 +204,12 @@ def _problems(config: ConfigDict) -> Iterator[str]:
     yield from _choice("optimizer.schedule", optimizer.schedule, ("cosine", "linear", "constant", "wsd"))
     if data.source in ("folder", "latents") and not data.path:
         yield f"data.path='': data.source={data.source!r} needs the folder to read."
+    for where in ("path", "validation_path"):
+        if "://" in data[where]:
+            yield (
+                f"data.{where}={data[where]!r}: expected a folder, since clips are read as files; mount the bucket on "
+                "every host, e.g. with gcsfuse, and give the folder where it is mounted."
+            )
     for where, value in (
         ("total_steps", config.total_steps),
         ("log_every", config.log_every),

@@ -52,6 +52,13 @@ def test_clips_that_the_autoencoder_cannot_compress_are_refused():
         base.validate(config)
 
 
+def test_clips_in_a_bucket_are_to_be_mounted():
+    config = base.autoencoder()
+    config.data.update(dict(source="folder", path="gs://bucket/clips", validation_path="gs://bucket/held"))
+    with pytest.raises(ValueError, match=r"data.path='gs://bucket/clips': .*gcsfuse(.|\n)*data.validation_path="):
+        base.validate(config)
+
+
 def test_a_typo_is_refused_with_the_near_match():
     with pytest.raises(AttributeError, match='Did you mean "width"'):
         base.dit().model.widht = 3
