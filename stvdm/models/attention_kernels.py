@@ -9,8 +9,9 @@ over the keys that a query may see. Given the lse and the mean over *all* sets, 
     ds_nm = p_nm (dout_n · v_m - dout_n · out_n),
     dq = Σ_m ds_nm k_m / √d,    dk = Σ_n ds_nm q_n / √d,    dv = Σ_n p_nm dout_n
 
-Two backends do the same: "splash", the TPU kernel of JAX, to which blocks that a pattern leaves out cost nothing, and
-"xla", which never holds more than a block of scores, for everything else.
+Two backends do the same: "splash", the TPU kernel of JAX, and "xla", which never holds more than a block of scores, for
+everything else and for short sequences. A block that a pattern leaves out is neither computed nor, by "splash", copied.
+It still is a step that does nothing where the numbers are traced, and in rows with fewer blocks than the fullest.
 
     out, lse = forward("splash", q_BnAd, k_BmAd, v_BmAd, valid_Bm, pattern)
     dq, dk, dv = backward("splash", q_BnAd, k_BmAd, v_BmAd, valid_Bm, pattern, (0, 0), out, lse, dout_BnAd)
@@ -31,6 +32,8 @@ from stvdm.models.patterns import Pattern
 NOTHING = -1e30  # a score that is not seen, and the lse of a query without keys: finite, so that no difference is NaN
 XLA_BLOCK = 1024
 SPLASH_BLOCKS = (512, 384, 256, 128)
+SPLASH_OVERHEAD = 256  # what a block costs beside its arithmetic, in rows of it: a guess, not measured on a TPU
+SHORT = 256  # up to here XLA is given what is for "splash", which would fill it up to blocks of 128 and heads to 128
 _LANES = 128
 
 Starts = tuple[Any, Any]  # the numbers that the first query and the first key have in the pattern; may be traced
@@ -46,7 +49,7 @@ def forward(
     pattern: Pattern | None = None,
     starts: Starts = (0, 0),
 ) -> tuple[jax.Array, jax.Array]:
-    """(out_BnAd, lse_BnA1), both float32; zeros and `NOTHING` for a query that sees no key.
+    """(out_BnAd, lse_BAn), both float32; zeros and `NOTHING` for a query that sees no key.
 
     Args:
       backend: "xla"; "splash"; or "splash_interpreted", the TPU kernel run without a TPU, for tests.
@@ -54,12 +57,17 @@ def forward(
       pattern: who sees whom, by number; None: all see all.
       starts: the numbers of the first query and of the first key in the pattern.
     """
-    compute: Any = _xla_forward if backend == "xla" else functools.partial(_splash_forward, backend)
+    n, m = q_BnAd.shape[1], k_BmAd.shape[1]
+    if pattern is not None and _falls_apart(pattern, valid_Bm, starts, n, m):
+        out, lse = forward(backend, *(pattern.split(x) for x in (q_BnAd, k_BmAd, v_BmAd)))
+        return pattern.join(out), pattern.join(lse.swapaxes(1, 2)).swapaxes(1, 2)
+
+    compute: Any = functools.partial(_splash_forward, backend) if _is_splash(backend, n, m) else _xla_forward
     with _scope(pattern):
         out, lse = compute(*_heads_first(q_BnAd, k_BmAd, v_BmAd), valid_Bm, pattern, starts)
     seen = _sees_something(lse)
     out, lse = jnp.where(seen[..., None], out, 0.0), jnp.where(seen, lse, NOTHING)
-    return out.swapaxes(1, 2), lse.swapaxes(1, 2)[..., None]
+    return out.swapaxes(1, 2), lse
 
 
 def backward(
@@ -71,25 +79,46 @@ def backward(
     pattern: Pattern | None,
     starts: Starts,
     out_BnAd: jax.Array,
-    lse_BnA1: jax.Array,
+    lse_BAn: jax.Array,
     dout_BnAd: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(dq, dk, dv), float32: this set's part in the gradient of a mean ``out`` that has this ``lse`` over all sets."""
-    compute: Any = _xla_backward if backend == "xla" else functools.partial(_splash_backward, backend)
+    n, m = q_BnAd.shape[1], k_BmAd.shape[1]
+    if pattern is not None and _falls_apart(pattern, valid_Bm, starts, n, m):
+        q, k, v, out, dout = (pattern.split(x) for x in (q_BnAd, k_BmAd, v_BmAd, out_BnAd, dout_BnAd))
+        lse = pattern.split(lse_BAn.swapaxes(1, 2)).swapaxes(1, 2)
+        dq, dk, dv = backward(backend, q, k, v, None, None, (0, 0), out, lse, dout)
+        return pattern.join(dq), pattern.join(dk), pattern.join(dv)
+
+    compute: Any = functools.partial(_splash_backward, backend) if _is_splash(backend, n, m) else _xla_backward
     # A query without any key gets zeros, whatever the keys are.
-    seen = _sees_something(lse_BnA1)
-    lse_BnA1, dout_BnAd = jnp.where(seen, lse_BnA1, 0.0), jnp.where(seen, dout_BnAd, 0.0).astype(dout_BnAd.dtype)
-    arrays = _heads_first(q_BnAd, k_BmAd, v_BmAd)
-    given = _heads_first(out_BnAd, lse_BnA1, dout_BnAd)
+    seen = _sees_something(lse_BAn)
+    lse_BAn = jnp.where(seen, lse_BAn, 0.0)
+    q, k, v, out, dout = _heads_first(q_BnAd, k_BmAd, v_BmAd, out_BnAd, dout_BnAd)
+    dout = jnp.where(seen[..., None], dout, 0.0).astype(dout.dtype)
     with _scope(pattern):
-        dq, dk, dv = _heads_first(*compute(*arrays, valid_Bm, pattern, starts, *given))
+        dq, dk, dv = _heads_first(*compute(q, k, v, valid_Bm, pattern, starts, out, lse_BAn, dout))
     return dq, dk, dv
 
 
 def merge(one: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """The (out_BnAd, lse_BnA1) over two sets from those of each."""
+    """The (out_BnAd, lse_BAn) over two sets from those of each."""
     lse = jnp.logaddexp(one[1], other[1])
-    return one[0] * jnp.exp(one[1] - lse) + other[0] * jnp.exp(other[1] - lse), lse
+    share, rest = (jnp.exp(part - lse).swapaxes(1, 2)[..., None] for part in (one[1], other[1]))
+    return one[0] * share + other[0] * rest, lse
+
+
+def _falls_apart(pattern: Pattern, valid_Bm: jax.Array | None, starts: Starts, n: int, m: int) -> bool:
+    """Whether all tokens are here, in groups that never meet: then each group is a clip of its own."""
+    return pattern.falls_apart and valid_Bm is None and _are_known(starts) and n == m == pattern.num_tokens
+
+
+def _are_known(starts: Starts) -> bool:
+    return isinstance(starts[0], int) and isinstance(starts[1], int)
+
+
+def _is_splash(backend: str, n: int, m: int) -> bool:
+    return backend != "xla" and max(n, m) > SHORT
 
 
 def _scope(pattern: Pattern | None) -> Any:
@@ -137,9 +166,9 @@ def _xla_forward(q: Any, k: Any, v: Any, valid_Bm: Any, pattern: Pattern | None,
 def _xla_backward(
     q: Any, k: Any, v: Any, valid_Bm: Any, pattern: Pattern | None, starts: Starts, out: Any, lse: Any, dout: Any
 ) -> Any:
-    """From heads-first arrays, lse_BAn1: (dq, dk, dv)."""
+    """From heads-first arrays: (dq, dk, dv)."""
     scale = q.shape[-1] ** -0.5
-    inner = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(axis=-1, keepdims=True)
+    inner = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(axis=-1)
     queries = tuple(_blocks(x) for x in (q, dout, lse, inner))
     dq = jnp.zeros(queries[0].shape, jnp.float32)
 
@@ -151,8 +180,8 @@ def _xla_backward(
 
             def add(carry: Any) -> Any:
                 dk, dv, dq = carry
-                weight = jnp.exp(_scores(q, k, valid, pattern, starts, i, j) * scale - lse)
-                change = weight * (_dot("BAnd,BAmd->BAnm", dout, v) - inner) * scale
+                weight = jnp.exp(_scores(q, k, valid, pattern, starts, i, j) * scale - lse[..., None])
+                change = weight * (_dot("BAnd,BAmd->BAnm", dout, v) - inner[..., None]) * scale
                 weight, change = weight.astype(q.dtype), change.astype(q.dtype)
                 return (
                     dk + _dot("BAnm,BAnd->BAmd", change, q),
@@ -267,12 +296,12 @@ def _splash_backward(
     lse: Any,
     dout: Any,
 ) -> Any:
-    """From heads-first arrays, lse_BAn1: (dq, dk, dv)."""
+    """From heads-first arrays: (dq, dk, dv)."""
     call = _SplashCall(backend, q.shape, k.shape, valid_Bm, pattern, starts)
     scale = q.shape[-1] ** -0.5
 
     def one_clip(q: Any, k: Any, v: Any, segments: Any, out: Any, lse: Any, dout: Any) -> Any:
-        kept = (q, k, v, segments, None, out, lse[:, :, 0], call.mask(), call.mask(by_key=True))
+        kept = (q, k, v, segments, None, out, lse, call.mask(), call.mask(by_key=True))
         return call.library._splash_attention_bwd(*call.options, kept, dout)[3:6]
 
     dq, dk, dv = call.over_clips(one_clip, q * scale, k, v, out, lse, dout)
@@ -311,9 +340,10 @@ class _SplashCall:
         self._n, self._m = q_shape[2], k_shape[2]
         self._q_block, self._k_block = _splash_block(self._n), _splash_block(self._m)
         num_padding = -self._m % self._k_block
-        fixed = isinstance(starts[0], int) and isinstance(starts[1], int)
+        # Numbers past the clip's last token are hidden by the pattern.
+        hidden = pattern is not None and _are_known(starts) and starts[1] + self._m >= pattern.num_tokens
         self._segments = None
-        if valid_Bm is not None or (num_padding and (pattern is None or not fixed)):
+        if valid_Bm is not None or (num_padding and not hidden):
             real_Bm = jnp.ones((q_shape[0], self._m), jnp.int32) if valid_Bm is None else valid_Bm.astype(jnp.int32)
             ones = jnp.ones((self._n + -self._n % self._q_block,), jnp.int32)
             self._segments = library.SegmentIds(ones, jnp.pad(real_Bm, ((0, 0), (0, num_padding))))
@@ -340,7 +370,8 @@ class _SplashCall:
     def mask(self, *, by_key: bool = False) -> Any:
         """Which blocks of keys a block of queries goes through; ``by_key``: of queries a block of keys.
 
-        Where the numbers are known they are listed densely, so that a block left out is not even a step of the grid.
+        Where the numbers are known they are listed densely, so that most blocks left out are not even steps of the
+        grid. A step that is left out names the block before it, which is there and so is not copied again.
         """
         if self._pattern is None:
             return self._masks.MaskInfo(None, None, None, None, None)
@@ -349,35 +380,71 @@ class _SplashCall:
         touched = self._pattern.touches(q_first, q_first + self._q_block - 1, k_first, k_first + self._k_block - 1)
         axis = 0 if by_key else 1
         shape = (q_first.shape[0], k_first.shape[1])
-        which = np.broadcast_to(np.expand_dims(np.arange(shape[axis]), 1 - axis), shape)
+        which = np.broadcast_to(np.expand_dims(np.arange(shape[axis], dtype=np.int32), 1 - axis), shape)
         touched = touched | (which < 0)  # of the full shape
         if isinstance(touched, np.ndarray):
             order = np.argsort(~touched, axis=axis, kind="stable")
             width = max(1, int(touched.sum(axis=axis).max()))
             touched, which = (np.take_along_axis(x, order, axis).take(np.arange(width), axis) for x in (touched, which))
-        numbers = self._starts[0] + jnp.arange(-(-self._n // self._q_block) * self._q_block, dtype=jnp.int32)
-        code = numbers + (self._starts[1] // self._m << _CODE_BITS)
-        steps, runs = jnp.asarray(which, jnp.int32)[None], jnp.asarray(touched, jnp.int32)[None]
-        return self._masks.MaskInfo(steps, None, runs, None, code)
+        which = jax.lax.cummax(jnp.where(touched, which, 0), axis=axis)
+        queries = self._starts[0] + jnp.arange(-(-self._n // self._q_block) * self._q_block, dtype=jnp.int32)
+        code = _code(self._pattern, queries, self._starts[1], self._m)
+        # Both tables lie in the little scalar memory.
+        small = next(kind for kind in (jnp.int8, jnp.int16, jnp.int32) if shape[axis] <= jnp.iinfo(kind).max)
+        return self._masks.MaskInfo(which.astype(small)[None], None, jnp.asarray(touched, jnp.int8)[None], None, code)
 
 
-_CODE_BITS = 22
+def _code(pattern: Pattern, query: jax.Array, key_start: Any, num_keys: int) -> jax.Array:
+    """The one number that the kernel carries for a query: as much of its answer as can be said before it meets keys.
+
+    The kernel numbers its keys from 0. Where a query sees a run of keys that is the end, or the start, of that run;
+    else the query's place, and which part of the clip's keys these are.
+    """
+    frame_start = query // pattern.tokens_per_frame * pattern.tokens_per_frame
+    if pattern.kind == "full":
+        return jnp.full_like(query, pattern.num_tokens - key_start)
+    if pattern.kind == "block_causal":
+        return jnp.minimum(frame_start + pattern.tokens_per_frame, pattern.num_tokens) - key_start
+    if pattern.kind == "frame":
+        return frame_start - key_start
+    num_bits = [size.bit_length() for size in pattern.grid]
+    assert sum(num_bits) + (pattern.num_tokens // num_keys + 1).bit_length() < 32, (pattern, num_keys)
+    assert 2 * pattern.num_tokens < _EXACT, pattern
+    frame, *others = pattern.place(query)
+    code = jnp.full_like(query, key_start // num_keys)
+    for part, bits in zip((jnp.minimum(frame, pattern.grid[0]), *others), num_bits, strict=True):
+        code = code << bits | part
+    return code
 
 
 def _sees_by_code(pattern: Pattern, num_keys: int, code: jax.Array, key: jax.Array) -> jax.Array:
-    """`Pattern.sees` as the kernel asks it: it numbers the keys it was given from 0, and carries a number per query.
+    """`Pattern.sees` as the kernel asks it, for each score: so without the division that a TPU's vector unit lacks."""
+    if pattern.kind in ("full", "block_causal"):
+        return key < code
+    if pattern.kind == "frame":
+        return (key >= code) & (key < code + pattern.tokens_per_frame)
+    place = []
+    for bits in (size.bit_length() for size in reversed(pattern.grid)):
+        place.append(code & (2**bits - 1))
+        code = code >> bits
+    column, row, frame = place
+    return pattern.place_sees((frame, row, column), pattern.place(key + code * num_keys, _divide))
 
-    So that number tells where the keys start, too: query + (start of the keys / number of keys) 2^22.
-    """
-    return pattern.sees(code & (2**_CODE_BITS - 1), key + (code >> _CODE_BITS) * num_keys)
+
+_EXACT = 2**22  # numbers below it are divided exactly
+
+
+def _divide(number: jax.Array, by: int) -> jax.Array:
+    """number // by: half a unit keeps the quotient further from a whole number than float32 rounds."""
+    return ((number.astype(jnp.float32) + 0.5) * (1.0 / by)).astype(jnp.int32)
 
 
 def _splash_block(length: int) -> int:
-    """The largest block that fills up a length by at most a twentieth."""
-    return next((size for size in SPLASH_BLOCKS if -length % size <= length / 20), SPLASH_BLOCKS[-1])
+    """The block that takes the least time: a large one is filled up further, a small one is soon done."""
+    return min(SPLASH_BLOCKS, key=lambda size: (length + -length % size) ** 2 * (1 + SPLASH_OVERHEAD / size))
 
 
 def _fill_up(x: jax.Array, block: int) -> jax.Array:
-    """Zeros behind the tokens up to whole blocks, and behind the head's channels up to whole lanes."""
-    widths = [(0, 0), (0, 0), (0, -x.shape[2] % block), (0, 0 if x.shape[3] == 1 else -x.shape[3] % _LANES)]
-    return jnp.pad(x, widths)
+    """Zeros behind the tokens (B, A, n, ...) up to whole blocks, and behind a head's channels up to whole lanes."""
+    channels = [(0, -size % _LANES) for size in x.shape[3:]]
+    return jnp.pad(x, [(0, 0), (0, 0), (0, -x.shape[2] % block), *channels])

@@ -10,6 +10,10 @@ split over an axis of c devices, c = u r:
 The all-to-all moves less and lets patterns skip blocks, so u is the largest divisor of c that divides a device's heads,
 and the ring takes the rest. A sequence that does not divide is filled up with tokens that nobody sees.
 
+What a pattern saves on a ring is arithmetic alone. Keys and values go all the way round, also past those who see none
+of them ("frame", "window"). All wait for the busiest: under "block_causal" the last group sees something at every step,
+so that the whole takes as long as "full". And "time" sees something in every block: it costs what "full" does.
+
     out_BNAd = attend(q_BNAd, k_BNAd, v_BNAd, None, pattern=Pattern("full", (21, 30, 52)))
 """
 
@@ -71,10 +75,16 @@ def attend(
 ) -> tuple[jax.Array, jax.Array | None]:
     """(out_BNAd, the text's out_BSAd or None): attention of a clip's tokens to its own keys and to its text's.
 
+    Clips are split over as many of the batch's mesh axes, from the first, as divide them; over the others all do the
+    same. So a clip alone is not refused.
+
     Args:
       video: (k_BNAd, v_BNAd); None: the text alone is looked at.
       pattern: which tokens of the video see which; of as many tokens as there are.
-      backend: of `attention_kernels.forward`.
+      backend: of `attention_kernels.forward`, or "cudnn" for what that can do, and "xla" for the rest.
+
+    Raises:
+      ValueError: if the heads do not divide over their mesh axis.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or any(kind != AxisType.Auto for kind in mesh.axis_types):
@@ -82,14 +92,19 @@ def attend(
 
     B, N, A, _ = q_BNAd.shape
     batch, tokens, heads, _ = sharding.spec("batch", "tokens", "heads", None)
-    size = {entry: _size(mesh, entry) for entry in (batch, tokens, heads)}
-    batch, heads = batch if B % size[batch] == 0 else None, heads if A % size[heads] == 0 else None
-    ulysses, ring = split_context(size[tokens], A // (size[heads] if heads else 1))
+    batch = next(batch[:n] or None for n in range(len(batch), -1, -1) if B % _size(mesh, batch[:n]) == 0)
+    num_pieces, num_parts = _size(mesh, tokens), _size(mesh, heads)
+    if A % num_parts:
+        raise ValueError(
+            f"num_heads={A}: heads are split over the {num_parts} devices of mesh axis {heads!r}; "
+            f"use a multiple of {num_parts}, or a size of that axis that divides {A}."
+        )
+    ulysses, ring = split_context(num_pieces, A // num_parts)
     split = _Split(str(tokens), ulysses, ring)
     by_token, by_head = PartitionSpec(batch, tokens, heads, None), PartitionSpec(batch, None, heads, None)
 
     def fill_up(x_BNAd: jax.Array) -> jax.Array:
-        return jnp.pad(x_BNAd, ((0, 0), (0, -N % size[tokens]), (0, 0), (0, 0)))
+        return jnp.pad(x_BNAd, ((0, 0), (0, -N % num_pieces), (0, 0), (0, 0)))
 
     text_specs = dict(k_BSAd=by_head, v_BSAd=by_head, mask_BS=PartitionSpec(batch, None), q_BSAd=by_head)
     text_arrays = {} if text is None else {name: x for name in text_specs if (x := getattr(text, name)) is not None}
@@ -104,6 +119,11 @@ def attend(
         text_arrays,
     )
     return out[:, :N], text_out
+
+
+def attend_unsplit(q_BnAd: jax.Array, k_BnAd: jax.Array, v_BnAd: jax.Array) -> jax.Array:
+    """out_BnAd where all see all, in plain XLA: its compiler splits it over a mesh like everything around it."""
+    return _merged(_Set("xla"), q_BnAd, (k_BnAd, v_BnAd), None, None)
 
 
 def _size(mesh: Any, entry: str | tuple[str, ...] | None) -> int:
@@ -130,14 +150,12 @@ def _attend_local(
         q, k, v = (exchange(x, split_axis=2, concat_axis=1) for x in (q, k, v))
         text = text and _heads_of_this_device(split, text)
     text_kv, text_mask = text and (text.k_BSAd, text.v_BSAd), text and text.mask_BS
-    num_here, N = q.shape[1], pattern.num_tokens
+    num_here = q.shape[1]
+    if split.ring == 1:  # all tokens are here: what the sequence was filled up with can go
+        q, k, v = (x[:, : pattern.num_tokens] for x in (q, k, v))
     around = _Set(backend, pattern, split.ring, split.axis, split.ulysses)
-    if split.ring == 1:
-        q, k, v = (x[:, :N] for x in (q, k, v))
-        out = _whole_sequence(backend, pattern, q, (k, v), text_kv, text_mask)
-        out = jnp.pad(out, ((0, 0), (0, num_here - N), (0, 0), (0, 0)))
-    else:
-        out = _softmax(around, q, (k, v), text_kv, text_mask)
+    out = _softmax(around, q, (k, v), text_kv, text_mask)
+    out = jnp.pad(out, ((0, 0), (0, num_here - out.shape[1]), (0, 0), (0, 0)))
 
     text_out = None
     if text is not None and text.q_BSAd is not None:
@@ -161,27 +179,6 @@ def _heads_of_this_device(split: _Split, text: Text) -> Text:
     return text._replace(k_BSAd=part(text.k_BSAd), v_BSAd=part(text.v_BSAd), q_BSAd=q_BSAd)
 
 
-def _whole_sequence(
-    backend: str, pattern: Pattern, q: jax.Array, kv: KeyValue, text_kv: KeyValue | None, text_mask: jax.Array | None
-) -> jax.Array:
-    """Where all tokens are on the device, those of "frame" and "time" that never meet are clips of their own."""
-    if pattern.kind not in ("frame", "time"):
-        return _softmax(_Set(backend, pattern), q, kv, text_kv, text_mask)
-    (B, N, A, d), frames = q.shape, pattern.grid[0]
-
-    def fold(x: jax.Array) -> jax.Array:
-        x = x.reshape(B, frames, -1, A, d)
-        x = x.swapaxes(1, 2) if pattern.kind == "time" else x
-        return x.reshape(-1, x.shape[2], A, d)
-
-    groups = N // frames if pattern.kind == "time" else frames
-    text_kv, text_mask = jax.tree.map(lambda x: jnp.repeat(x, groups, axis=0), (text_kv, text_mask))
-    out = _softmax(_Set(backend), fold(q), (fold(kv[0]), fold(kv[1])), text_kv, text_mask)
-    if pattern.kind == "time":
-        return out.reshape(B, -1, frames, A, d).swapaxes(1, 2).reshape(B, N, A, d)
-    return out.reshape(B, N, A, d)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Set:
     """What `_softmax` must know while it is traced."""
@@ -192,7 +189,7 @@ class _Set:
     axis: str = "context"
     stride: int = 1  # devices from one member of the ring to the next
 
-    def starts(self, step: int, num_queries: int, num_keys: int) -> tuple[Any, Any]:
+    def starts(self, step: Any, num_queries: int, num_keys: int) -> tuple[Any, Any]:
         """The numbers of the first query and of the first key in a step of the ring."""
         if self.ring == 1 or self.pattern is None:
             return 0, 0
@@ -212,9 +209,13 @@ def _softmax(
     every = how.pattern is not None and how.pattern.kind == "full" and how.pattern.num_tokens
     if video_kv is not None and video_kv[0].shape[1] * how.ring == every:
         how = dataclasses.replace(how, pattern=None)  # nothing was filled up, so that nothing is to be hidden
-    if how.backend == "cudnn":
-        if how.ring == 1 and how.pattern is None and text_kv is None and video_kv is not None:
-            return checkpoint_name(jax.nn.dot_product_attention(q, *video_kv, implementation="cudnn"), "attention")
+    if how.backend == "cudnn":  # without the name that `_merged` gives: its backward pass needs more than the result
+        if how.ring == 1 and text_kv is None and video_kv is not None:
+            dot = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+            if how.pattern is None:
+                return dot(q, *video_kv)
+            if how.pattern.falls_apart:
+                return how.pattern.join(dot(*(how.pattern.split(x) for x in (q, *video_kv))))
         how = dataclasses.replace(how, backend="xla")
     return _merged(how, q, video_kv, text_kv, text_mask)
 
@@ -225,26 +226,38 @@ def _merged(how: _Set, q: jax.Array, video_kv: Any, text_kv: Any, text_mask: jax
 
 
 def _merged_forward(how: _Set, q: jax.Array, video_kv: Any, text_kv: Any, text_mask: Any) -> tuple[jax.Array, Any]:
-    found = None
+    found: Any = None
     if text_kv is not None:
         found = kernels.forward(how.backend, q, text_kv[0], text_kv[1], text_mask)
     if video_kv is not None:
-        k, v = video_kv
-        for step in range(how.ring):
+
+        def add(found: Any, k: jax.Array, v: jax.Array, step: Any) -> Any:
             starts = how.starts(step, q.shape[1], k.shape[1])
             part = kernels.forward(how.backend, q, k, v, None, how.pattern, starts)
-            found = part if found is None else kernels.merge(found, part)
-            if step < how.ring - 1:
-                k, v = how.pass_on(k, v)
-    assert found is not None
-    # Both carry the name, so that who keeps "attention" for the backward pass need not run the kernel again.
-    out, lse = checkpoint_name(found[0].astype(q.dtype), "attention"), checkpoint_name(found[1], "attention")
+            return part if found is None else kernels.merge(found, part)
+
+        def one_step(carry: Any, step: jax.Array) -> tuple[Any, None]:
+            found, k, v = carry
+            return (add(found, k, v, step), *how.pass_on(k, v)), None
+
+        k, v = video_kv
+        if how.ring > 1:
+            if found is None:
+                nothing = jnp.full((q.shape[0], q.shape[2], q.shape[1]), kernels.NOTHING, jnp.float32)
+                found = jnp.zeros(q.shape, jnp.float32), nothing
+            (found, k, v), _ = jax.lax.scan(one_step, (found, k, v), jnp.arange(how.ring - 1))
+        found = add(found, k, v, how.ring - 1)
+    out, lse = found[0].astype(q.dtype), found[1]
+    if video_kv is not None:
+        # Both carry the name, so that who keeps "attention" for the backward pass need not run the kernel again. The
+        # text alone is soon looked at again.
+        out, lse = checkpoint_name(out, "attention"), checkpoint_name(lse, "attention")
     return out, (q, video_kv, text_kv, text_mask, out, lse)
 
 
 def _merged_backward(how: _Set, kept: Any, dout: jax.Array) -> tuple[Any, ...]:
     q, video_kv, text_kv, text_mask, out, lse = kept
-    dq: Any = jnp.float32(0)
+    dq: Any = jnp.zeros(q.shape, jnp.float32)
     dvideo = dtext = None
 
     def like(gradients: Any, arrays: Any) -> Any:
@@ -254,15 +267,25 @@ def _merged_backward(how: _Set, kept: Any, dout: jax.Array) -> tuple[Any, ...]:
         dq, dk, dv = kernels.backward(how.backend, q, text_kv[0], text_kv[1], text_mask, None, (0, 0), out, lse, dout)
         dtext = like((dk, dv), text_kv)
     if video_kv is not None:
-        (k, v), dk, dv = video_kv, jnp.zeros(()), jnp.zeros(())
-        for step in range(how.ring):
+
+        def add(sums: Any, k: jax.Array, v: jax.Array, step: Any) -> Any:
             starts = how.starts(step, q.shape[1], k.shape[1])
             part = kernels.backward(how.backend, q, k, v, None, how.pattern, starts, out, lse, dout)
-            dq, dk, dv = dq + part[0], dk + part[1], dv + part[2]
-            if how.ring > 1:  # the sums travel with their keys, and one step further home
-                dk, dv = how.pass_on(dk, dv)
-                if step < how.ring - 1:
-                    k, v = how.pass_on(k, v)
+            return jax.tree.map(jnp.add, sums, part)
+
+        def one_step(carry: Any, step: jax.Array) -> tuple[Any, None]:
+            (dq, dk, dv), k, v = carry
+            # The sums follow their keys a step behind, so that they travel while the next are computed.
+            return (add((dq, *how.pass_on(dk, dv)), k, v, step), *how.pass_on(k, v)), None
+
+        k, v = video_kv
+        sums = dq, jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+        if how.ring > 1:
+            (sums, k, v), _ = jax.lax.scan(one_step, (sums, k, v), jnp.arange(how.ring - 1))
+            sums = sums[0], *how.pass_on(*sums[1:])
+        dq, dk, dv = add(sums, k, v, how.ring - 1)
+        if how.ring > 1:  # one step further and they are home
+            dk, dv = how.pass_on(dk, dv)
         dvideo = like((dk, dv), video_kv)
     return like(dq, q), dvideo, dtext, None
 

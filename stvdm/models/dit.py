@@ -65,7 +65,7 @@ _policies = jax.checkpoint_policies
 REMAT: dict[str, Callable[..., Any] | None] = {  # what a block's backward pass computes again
     "nothing": None,  # every intermediate is kept: fastest, most memory
     "projections": _policies.dots_with_no_batch_dims_saveable,  # all but products with weights: cheap to redo
-    "attention": _policies.save_only_these_names("attention"),  # all but what attention gave: the cost at large N
+    "attention": _policies.save_only_these_names("attention"),  # all but what self-attention gave, the cost at large N
     "offload": _policies.save_and_offload_only_these_names(  # as "attention", but that waits in the host's memory
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=["attention"],

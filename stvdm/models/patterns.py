@@ -12,7 +12,7 @@ Tokens lie on a grid (time, height, width) and are numbered in that order. A pat
 Numbers beyond the last token are padding, which nobody sees.
 
     pattern = Pattern("window", grid=(21, 30, 52), window=(1, 4, 4))
-    pattern.sees(query, key)                          # number by number, NumPy or JAX, also inside a kernel
+    pattern.sees(query, key)                          # number by number, NumPy or JAX
     pattern.touches(0, 511, 1024, 1535)               # whether a block of queries sees anything in a block of keys
 """
 
@@ -21,6 +21,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import operator
+from collections.abc import Callable
 from typing import Any
 
 from stvdm import shapes
@@ -28,6 +30,7 @@ from stvdm import shapes
 PATTERNS = ("full", "frame", "time", "window", "block_causal")
 
 Size3 = tuple[int, int, int]
+Place = tuple[Any, Any, Any]  # frame, row and column of tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,27 +63,38 @@ class Pattern:
         return math.prod(self.grid)
 
     @property
+    def tokens_per_frame(self) -> int:
+        return self.grid[1] * self.grid[2]
+
+    @property
     def share(self) -> float:
         """Of all pairs of tokens, those that are seen."""
         return shapes.attention_pairs(self.grid, self.kind, window=self.window) / self.num_tokens**2
 
     def sees(self, query: Any, key: Any) -> Any:
         """True where the query of one number may look at the key of the other; the two broadcast."""
-        _, height, width = self.grid
-        real = key < self.num_tokens
+        return self.place_sees(self.place(query), self.place(key))
+
+    def place(self, number: Any, divide: Callable[[Any, int], Any] = operator.floordiv) -> Place:
+        """(frame, row, column) of a token."""
+        frame = divide(number, self.tokens_per_frame)
+        rest = number - frame * self.tokens_per_frame
+        row = divide(rest, self.grid[2])
+        return frame, row, rest - row * self.grid[2]
+
+    def place_sees(self, query: Place, key: Place) -> Any:
+        """`sees`, of places."""
+        (q_frame, q_row, q_column), (k_frame, k_row, k_column) = query, key
+        real = k_frame < self.grid[0]
         if self.kind == "full":
-            return real & (query == query)  # of the shape of both
-        q_frame, k_frame = query // (height * width), key // (height * width)
+            return real & (q_frame == q_frame)  # of the shape of both
         if self.kind == "block_causal":
             return real & (k_frame <= q_frame)
         if self.kind == "frame":
             return real & (k_frame == q_frame)
-        q_place, k_place = query - q_frame * (height * width), key - k_frame * (height * width)
         if self.kind == "time":
-            return real & (k_place == q_place)
+            return real & (k_row == q_row) & (k_column == q_column)
         assert self.window is not None
-        q_row, k_row = q_place // width, k_place // width
-        q_column, k_column = q_place - q_row * width, k_place - k_row * width
         return (
             real
             & (abs(q_frame - k_frame) <= self.window[0])
@@ -90,12 +104,11 @@ class Pattern:
 
     def touches(self, q_first: Any, q_last: Any, k_first: Any, k_last: Any) -> Any:
         """Whether any query of a run of numbers may see any key of another; True where that is not plain to tell."""
-        _, height, width = self.grid
         real = k_first < self.num_tokens
         if self.kind in ("full", "time"):
             return real
-        q_from, q_to = q_first // (height * width), q_last // (height * width)
-        k_from, k_to = k_first // (height * width), k_last // (height * width)
+        q_from, q_to = q_first // self.tokens_per_frame, q_last // self.tokens_per_frame
+        k_from, k_to = k_first // self.tokens_per_frame, k_last // self.tokens_per_frame
         if self.kind == "block_causal":
             return real & (k_from <= q_to)
         if self.kind == "frame":
@@ -108,11 +121,30 @@ class Pattern:
     def _rows(self, first: Any, last: Any) -> tuple[Any, Any]:
         """The first and last row that a run of numbers lies in: all rows where it goes from one frame to the next."""
         _, height, width = self.grid
-        whole = first // (height * width) != last // (height * width)
+        whole = first // self.tokens_per_frame != last // self.tokens_per_frame
         return (
             (first // width % height) * (1 - whole),
             (last // width % height) * (1 - whole) + (height - 1) * whole,
         )
+
+    @property
+    def falls_apart(self) -> bool:
+        """Whether the tokens are groups that never meet: the frames, or the places."""
+        return self.kind in ("frame", "time")
+
+    def split(self, x_BN: Any) -> Any:
+        """(B, N, ...) to (B groups, N / groups, ...): each group a clip of its own, in which all see all."""
+        frames, _, _ = self.grid
+        x = x_BN.reshape(-1, frames, self.tokens_per_frame, *x_BN.shape[2:])
+        x = x.swapaxes(1, 2) if self.kind == "time" else x
+        return x.reshape(-1, *x.shape[2:])
+
+    def join(self, x: Any) -> Any:
+        """The inverse of `split`."""
+        rest = x.shape[2:]
+        if self.kind == "time":
+            x = x.reshape(-1, self.tokens_per_frame, self.grid[0], *rest).swapaxes(1, 2)
+        return x.reshape(-1, self.num_tokens, *rest)
 
 
 def check_kind(kind: str) -> None:

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,9 +68,33 @@ def test_the_tpu_kernel_equals_the_definition(monkeypatch, kind):
 @pytest.mark.parametrize("kind", PATTERNS)
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_tpu_kernel_on_a_ring_equals_the_definition(monkeypatch, kind, masked):
+    monkeypatch.setattr(kernels, "SHORT", 0)
     monkeypatch.setattr(kernels, "SPLASH_BLOCKS", (128,))
     check("splash_interpreted", kind, starts=(165, 0), masked=masked, traced=True, sizes=(165, 165))
     check("splash_interpreted", kind, starts=(165, 165), masked=masked, traced=True, sizes=(165, 165))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["full", "window", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("frame", "time", "block_causal"))],
+)
+def test_fewer_keys_than_queries_in_blocks_of_another_size(monkeypatch, kind):
+    monkeypatch.setattr(kernels, "SPLASH_BLOCKS", (256, 128))
+    assert (kernels._splash_block(N), kernels._splash_block(200)) == (128, 256)
+    check("splash_interpreted", kind, starts=(0, 0), masked=False, traced=False, sizes=(N, 200))
+
+
+def test_bfloat16_gradients_are_those_of_float32_rounded():
+    rng = np.random.default_rng(3)
+    q, k, v, dout = (jnp.asarray(rng.normal(size=(1, 60, A, d)), jnp.bfloat16) for _ in range(4))
+    pattern = Pattern("block_causal", (4, 3, 5))
+    out, lse = kernels.forward("xla", q, k, v, None, pattern)
+    found = kernels.backward("xla", q, k, v, None, pattern, (0, 0), out.astype(q.dtype), lse, dout)
+    exact = (x.astype(jnp.float32) for x in (q, k, v))
+    _, pull = jax.vjp(lambda *x: reference(*x, None, pattern, (0, 0)), *exact)
+    for one, other in zip(found, pull(dout.astype(jnp.float32)), strict=True):
+        assert one.dtype == jnp.float32, "sums over a ring are rounded once"
+        np.testing.assert_allclose(one, other, atol=0.01 * np.abs(other).max())
 
 
 def test_sets_merge_to_one_softmax():
@@ -87,8 +113,44 @@ def test_a_block_that_a_pattern_leaves_out_is_never_read(monkeypatch, backend):
     monkeypatch.setattr(kernels, "SPLASH_BLOCKS", (128,))
     pattern = Pattern("block_causal", (2, 16, 16))
     rng = np.random.default_rng(2)
-    q, k, v = (rng.normal(size=(1, 512, A, d)).astype(np.float32) for _ in range(3))
-    hurt = np.where(np.arange(512)[None, :, None, None] < 384, 0.0, np.nan).astype(np.float32)
-    found, _ = kernels.forward(backend, q, k + hurt, v + hurt, None, pattern)
-    expected, _ = kernels.forward(backend, q, k, v, None, pattern)
-    np.testing.assert_array_equal(found[:, :256], expected[:, :256])
+    q, k, v, dout = (rng.normal(size=(1, 512, A, d)).astype(np.float32) for _ in range(4))
+    late, early = (
+        np.where(here, np.nan, 0.0).astype(np.float32)[None, :, None, None]
+        for here in (np.arange(512) >= 384, np.arange(512) < 128)
+    )
+    found, _ = kernels.forward(backend, q, k + late, v + late, None, pattern)
+    out, lse = kernels.forward(backend, q, k, v, None, pattern)
+    np.testing.assert_array_equal(found[:, :256], out[:, :256])
+
+    backward = functools.partial(kernels.backward, backend)
+    dq, dk, dv = backward(q, k, v, None, pattern, (0, 0), out, lse, dout)
+    hurt, _, _ = backward(q, k + late, v + late, None, pattern, (0, 0), out, lse, dout)
+    np.testing.assert_array_equal(hurt[:, :256], dq[:, :256])
+    _, *hurt = backward(q + early, k, v, None, pattern, (0, 0), out, lse, dout + early)
+    np.testing.assert_array_equal(hurt[0][:, 256:], dk[:, 256:])
+    np.testing.assert_array_equal(hurt[1][:, 256:], dv[:, 256:])
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_step_that_is_left_out_names_the_block_that_is_there(monkeypatch, traced):
+    monkeypatch.setattr(kernels, "SPLASH_BLOCKS", (128,))
+    shape, starts = (1, A, 512, 128), (jnp.int32(0), jnp.int32(0)) if traced else (0, 0)
+    call = kernels._SplashCall("splash_interpreted", shape, shape, None, Pattern("block_causal", (4, 8, 16)), starts)
+    by_query, by_key = call.mask(), call.mask(by_key=True)
+    np.testing.assert_array_equal(by_query.data_next[0], [[0, 0, 0, 0], [0, 1, 1, 1], [0, 1, 2, 2], [0, 1, 2, 3]])
+    np.testing.assert_array_equal(by_query.block_mask[0], np.tril(np.ones((4, 4))))
+    assert by_query.data_next.dtype == by_query.block_mask.dtype == jnp.int8
+    rows = [[0, 0, 0, 0], [1, 1, 0, 0], [2, 2, 2, 0], [3, 3, 3, 3]] if traced else None
+    rows = rows or [[0, 1, 2, 3], [1, 2, 3, 3], [2, 3, 3, 3], [3, 3, 3, 3]]
+    np.testing.assert_array_equal(by_key.data_next[0], rows)
+
+
+def test_numbers_are_divided_exactly_without_a_division():
+    for by in (1, 2, 7, 52, 1560, 3600):
+        near = (np.arange(1, kernels._EXACT // by, 97)[:, None] * by + np.array([-1, 0, 1])).ravel()
+        np.testing.assert_array_equal(kernels._divide(jnp.asarray(near, jnp.int32), by), near // by)
+
+
+def test_blocks_weigh_filling_up_against_being_small():
+    sizes = {80: 128, 512: 512, 1_560: 384, 3_600: 384, 32_760: 512}
+    assert {length: kernels._splash_block(length) for length in sizes} == sizes

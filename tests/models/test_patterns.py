@@ -33,3 +33,14 @@ def test_blocks_are_told_all_at_once():
     table = pattern.touches(first[:, None], first[:, None] + 7, first[None], first[None] + 7)
     one_by_one = [[pattern.touches(q, q + 7, k, k + 7) for k in first] for q in first]
     np.testing.assert_array_equal(table, one_by_one)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in PATTERNS if Pattern(kind, GRID, WINDOW).falls_apart])
+def test_groups_that_never_meet_are_clips_of_their_own(kind):
+    pattern = Pattern(kind, GRID, WINDOW)
+    numbers = np.arange(2 * N).reshape(2, N, 1)
+    groups = pattern.split(numbers)
+    np.testing.assert_array_equal(pattern.join(groups), numbers)
+    for group in groups[: len(groups) // 2, :, 0]:
+        seen = pattern.sees(group[:, None], np.arange(N)[None])
+        np.testing.assert_array_equal(seen, np.broadcast_to(np.isin(np.arange(N), group), seen.shape))
