@@ -10,13 +10,14 @@ two layers before one place can hear of another place at another time.
     out_BNAd = attention(q_BNAd, k_BNAd, v_BNAd, grid=(5, 4, 4), pattern="frame")
 
 Products are in the inputs' dtype with float32 sums; the softmax is float32. On a TPU the kernel is JAX's splash
-attention, on a GPU cuDNN's where every token sees every other, elsewhere blocks in plain XLA; `context_parallel` says
-what happens to clips that are split over a mesh.
+attention, on an NVIDIA GPU cuDNN's where all tokens that meet see each other, elsewhere and for short sequences blocks
+in plain XLA; `context_parallel` says what happens to clips that are split over a mesh.
 """
 
 from __future__ import annotations
 
 import math
+import re
 
 import jax
 
@@ -97,10 +98,18 @@ def _rule(q_BNAd: jax.Array, grid: Size3, pattern: str, window: Size3 | None) ->
 
 def _backend(q_BNAd: jax.Array) -> str:
     """The kernel for the devices that the program is for, which need not be here."""
-    mesh = jax.sharding.get_abstract_mesh()
-    platform = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+    device = jax.sharding.get_abstract_mesh().abstract_device  # None: no mesh, or one of no devices in particular
+    platform = jax.default_backend() if device is None else device.platform
     if platform == "tpu":
         return "splash"
-    if platform in ("gpu", "cuda") and q_BNAd.dtype in ("bfloat16", "float16"):
+    if platform in ("gpu", "cuda") and _suits_cudnn(q_BNAd):
         return "cudnn"
     return "xla"
+
+
+def _suits_cudnn(q_BNAd: jax.Array) -> bool:
+    """Whether cuDNN has a kernel for these queries on the GPUs here: NVIDIA's, from Ampere on."""
+    capability = re.match(r"(\d+)\.", getattr(jax.local_devices()[0], "compute_capability", ""))
+    width = q_BNAd.shape[-1]
+    fits = q_BNAd.dtype in ("bfloat16", "float16") and width % 8 == 0 and width <= 128
+    return fits and capability is not None and int(capability[1]) >= 8

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import itertools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -162,3 +163,27 @@ def test_errors_teach():
         attention(q, k, v, grid=(3, 2, 2))
     with pytest.raises(ValueError, match="window=None.*time, height, width"):
         attention(q, k, v, grid=GRID, pattern="window")
+
+
+@pytest.mark.parametrize(
+    "dtype, width, capability, expected",
+    [
+        ("bfloat16", 64, "9.0", "cudnn"),
+        ("float16", 128, "10.0", "cudnn"),
+        ("float32", 64, "9.0", "xla"),
+        ("bfloat16", 36, "9.0", "xla"),
+        ("bfloat16", 256, "9.0", "xla"),
+        ("bfloat16", 64, "7.5", "xla"),
+        ("bfloat16", 64, "gfx942", "xla"),
+    ],
+)
+def test_cudnn_is_asked_for_what_it_can(monkeypatch, dtype, width, capability, expected):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(compute_capability=capability)])
+    assert module._backend(jax.ShapeDtypeStruct((1, 4, 1, width), dtype)) == expected
+
+
+def test_a_mesh_of_no_devices_in_particular_is_for_those_that_are_here():
+    mesh = jax.sharding.AbstractMesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert module._backend(jax.ShapeDtypeStruct((1, 4, 1, 8), jnp.bfloat16)) == "xla"
