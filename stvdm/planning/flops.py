@@ -4,6 +4,9 @@
 A multiplication and an addition are two. Each product counts for the module that it stands in, forward and backward.
 The arguments may be shapes alone, so that the largest models are counted in seconds on a laptop.
 
+What is counted is the program for one CPU, whatever the devices: the products inside the kernels of TPUs and GPUs can't
+be counted, and what several devices do alike would count several times.
+
     count_flops(step, state, batch)            # Counter({"MLP": 2.9e10, "projections of attention": 2.4e10, ...})
 """
 
@@ -16,6 +19,16 @@ from typing import Any
 
 import jax
 from jax.extend.core import jaxprs_in_params
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
+
+from stvdm.sharding import MESH_AXES
+
+_ONE_CPU = AbstractMesh(
+    (1,) * len(MESH_AXES),
+    MESH_AXES,
+    axis_types=(AxisType.Auto,) * len(MESH_AXES),
+    abstract_device=AbstractDevice(device_kind="cpu", num_cores=None, platform="cpu"),
+)
 
 _PARTS = (  # where in a program -> part; the first that fits
     (r"/(self_attention|cross_attention)/(query|key|value|out)\b", "projections of attention"),
@@ -35,7 +48,11 @@ def count_flops(function: Any, *arguments: Any) -> dict[str, float]:
 
     Of the branches of a `cond` the dearest counts; of a `while`, whose trips are not in the program, one trip.
     """
-    counts = _count(jax.make_jaxpr(function)(*arguments).jaxpr, 1.0, "")
+    shapes_alone = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)  # of no other mesh
+    # A mesh can be left for one of another size only by way of none.
+    with use_abstract_mesh(AbstractMesh((), ())), use_abstract_mesh(_ONE_CPU):
+        program = jax.make_jaxpr(function)(*shapes_alone)
+    counts = _count(program.jaxpr, 1.0, "")
     return dict(sorted(counts.items(), key=lambda part: -part[1]))
 
 
@@ -61,8 +78,6 @@ def _count(jaxpr: Any, times: float, where: str) -> dict[str, float]:
         inside = times
         if name == "scan":
             inside *= params["length"]
-        if name == "shard_map":  # its body is what one device does
-            inside *= math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
         inner = [_count(body, inside, place) for body in jaxprs_in_params(params)]
         if name == "cond":
             inner = [max(inner, key=lambda branch: sum(branch.values()))]
