@@ -290,6 +290,13 @@ def _dit_problems(config: ConfigDict) -> Iterator[str]:
         )
     if config.text.width % config.text.num_heads:
         yield f"text.width={config.text.width}: expected a multiple of text.num_heads={config.text.num_heads}."
+    for where, size in (
+        ("model.num_heads", model.num_heads),
+        ("model.mlp_width", model.mlp_width),
+        ("text.num_heads", config.text.num_heads),
+    ):
+        if config.mesh.tensor > 0 and size % config.mesh.tensor:
+            yield f"{where}={size}: expected a multiple of mesh.tensor={config.mesh.tensor}, over which it is split."
     if not 0 <= flow.caption_dropout < 1:
         yield f"flow.caption_dropout={flow.caption_dropout}: expected 0 <= share < 1."
     if not config.autoencoder:

@@ -28,6 +28,7 @@ def test_all_problems_are_reported_at_once():
     config.model.attention = ("full", "fulll")
     config.data.buckets = ((17, 64, 64, 3, 1.0),)
     config.mesh.data = 2
+    config.mesh.tensor = 4
     config.flow.prediction = "score"
     with pytest.raises(ValueError, match="this config cannot run") as error:
         base.validate(config)
@@ -36,6 +37,7 @@ def test_all_problems_are_reported_at_once():
         "model.width=384: expected a multiple of model.num_heads=5",
         "model.attention='fulll': expected one of full, frame",
         "batch=3: expected a multiple",
+        "model.num_heads=5: expected a multiple of mesh.tensor=4",
         "flow.prediction='score'",
         "autoencoder='': name the folder",
     ):
