@@ -7,7 +7,8 @@ what is needed to use it, in two files that any tool can read: ``model.safetenso
     with Checkpoints(workdir, keep=2) as checkpoints:
         state, position = checkpoints.restore(state)          # the newest whole one, if there is one
         checkpoints.save(step, state, position=position, config=config)
-    save_model(directory, params, description);  params, description = load_model(directory)
+    save_model(directory, params, description)                # all processes together
+    params, description = load_model(directory)
 
 A step counts once its *manifest* is written: ``STEP/manifest/P-of-N.json``, the size and SHA-256 of every file, made
 when all processes have written theirs. It is checked before a step is restored: a flipped byte, a truncated or a
@@ -26,7 +27,7 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -43,12 +44,17 @@ Tree = Any
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 MANIFEST = "manifest"
 
+# Of Orbax: what a step holds and when it was finished; and, on object stores, whether it was.
+_CONTENTS, _COMMITTED = "_CHECKPOINT_METADATA", "commit_success.txt"
+
 # safetensors' own NumPy reader knows no bfloat16.
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 
 _UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of folders that Orbax has not finished
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError)  # what comes of reading JSON that was changed
 _DIGEST_THREADS = 4
 _CHUNK = 4 << 20  # bytes read at once
+_EXPORT_SECONDS = 3600  # in which process 0 has written a model
 
 
 class Checkpoints:
@@ -59,11 +65,13 @@ class Checkpoints:
     Args:
       workdir: the run's folder, local (or shared by all hosts), or an object store.
       keep: how many whole checkpoints stay; while one is being saved there is one more.
+      gets_on: called again and again while files are checked, and around restoring.
     """
 
-    def __init__(self, workdir: epath.PathLike, *, keep: int = 2) -> None:
+    def __init__(self, workdir: epath.PathLike, *, keep: int = 2, gets_on: Callable[[], None] = lambda: None) -> None:
         self._folder = epath.Path(workdir).expanduser().absolute() / "checkpoints"
         self._keep = keep
+        self._gets_on = gets_on
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._saving: tuple[int, Future[None]] | None = None
@@ -116,7 +124,7 @@ class Checkpoints:
                 ),
                 force=True,  # in place of a damaged one of this step
             )
-        self._saving = (step, self._thread.submit(self._seal, step))
+        self._saving = (step, self._thread.submit(self._seal, step, self._newest))
 
     def wait(self) -> None:
         """Returns when the save under way is whole.
@@ -152,6 +160,10 @@ class Checkpoints:
         )
         return found["state"], found["position"]
 
+    def position(self) -> dict[str, Any]:
+        """Where the data stood at the newest whole checkpoint."""
+        return self._restored(position=ocp.args.JsonRestore())["position"]
+
     def config(self) -> dict[str, Any]:
         """The config that the newest whole checkpoint was trained with."""
         return self._restored(config=ocp.args.JsonRestore())["config"]
@@ -160,7 +172,11 @@ class Checkpoints:
         step = self.latest
         if step is None:
             raise FileNotFoundError(f"{self._folder}: no checkpoint here.")
-        return self._checkpointer.restore(self._folder / str(step), args=ocp.args.Composite(**items))
+        self._gets_on()
+        try:
+            return self._checkpointer.restore(self._folder / str(step), args=ocp.args.Composite(**items))
+        finally:
+            self._gets_on()
 
     def _steps(self) -> list[int]:
         """Of all checkpoints that Orbax finished, whole or not."""
@@ -172,10 +188,12 @@ class Checkpoints:
         damaged = []
         for step in reversed(_of_process_zero(self._steps())):
             folder = self._folder / str(step)
-            if _said_by_any("" if _counts(folder) else "no"):
+            if _said_by_any("yes" if _unfinished(folder) else ""):
                 warnings.warn(f"{folder}: its save was not finished, so the step before is taken", stacklevel=4)
                 continue
-            share = damage(folder, process_index=jax.process_index(), process_count=jax.process_count())
+            share = damage(
+                folder, process_index=jax.process_index(), process_count=jax.process_count(), gets_on=self._gets_on
+            )
             more = [f"and {len(share) - 5} files more"] if len(share) > 5 else []
             if not (problems := _said_by_any("; ".join(share[:5] + more))):
                 return step
@@ -189,8 +207,13 @@ class Checkpoints:
             )
         return None
 
-    def _seal(self, step: int) -> None:
-        """In a thread: when all processes have written, this one's part of the manifest; then the oldest go."""
+    def _seal(self, step: int, newest: int | None) -> None:
+        """In a thread: when all processes have written, this one's part of the manifest; then the oldest go.
+
+        Args:
+          step: the one being saved.
+          newest: the newest whole one before it. What lies beyond is damaged, and goes too.
+        """
         folder = self._folder / str(step)
         try:
             self._checkpointer.wait_until_finished()
@@ -202,10 +225,12 @@ class Checkpoints:
         if jax.process_index() == 0:
             # Of the step just saved, other processes may still be at their parts: then it does not count yet.
             steps = self._steps()
-            whole = [step for step in steps if _counts(self._folder / str(step))]
-            for old in steps:
-                if len(whole) > self._keep and old < whole[-self._keep]:
-                    (self._folder / str(old)).rmtree()
+            beyond = {other for other in steps if other != step and (newest is None or other > newest)}
+            whole = [other for other in steps if other not in beyond and not _unfinished(self._folder / str(other))]
+            oldest = whole[-self._keep] if len(whole) > self._keep else -1
+            for other in steps:
+                if other in beyond or other < oldest:
+                    (self._folder / str(other)).rmtree()
 
     def _sweep(self) -> None:
         """Removes what saves that died have left."""
@@ -227,26 +252,37 @@ class Checkpoints:
             ) from error
 
 
-def damage(folder: epath.PathLike, *, process_index: int = 0, process_count: int = 1) -> list[str]:
+def damage(
+    folder: epath.PathLike,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    gets_on: Callable[[], None] = lambda: None,
+) -> list[str]:
     """What is wrong with the files of a checkpoint, by its manifest: a line each, nothing if it is as it was saved.
 
     Args:
       folder: of one step.
       process_index, process_count: which share of the files to read.
+      gets_on: called for every file.
     """
     folder = epath.Path(folder)
-    if not (folder / MANIFEST).exists():
-        warnings.warn(f"{folder} has no manifest (an earlier version made it), so it can't be checked", stacklevel=2)
-        return []
     files: dict[str, dict[str, Any]] = {}
     problems, totals = [], set()
-    for path in _manifest_parts(folder):
+    try:
+        parts = _manifest_parts(folder)
+    except _UNREADABLE as error:
+        if not _is_from_before_manifests(folder):
+            return [_why(f"{MANIFEST}/metadata", error)]
+        warnings.warn(f"{folder} has no manifest (an earlier version made it), so it can't be checked", stacklevel=2)
+        return []
+    for path in parts:
         try:
             part = json.loads(path.read_text())
             if part["sha256"] != _digest_of_json([part["files"], part["num_files"]]):
                 raise ValueError
-        except (ValueError, KeyError, TypeError):
-            problems.append(f"{MANIFEST}/{path.name} was changed")
+        except _UNREADABLE as error:
+            problems.append(_why(f"{MANIFEST}/{path.name}", error))
             continue
         files |= part["files"]
         totals.add(part["num_files"])
@@ -267,12 +303,16 @@ def damage(folder: epath.PathLike, *, process_index: int = 0, process_count: int
         return ""
 
     with ThreadPoolExecutor(_DIGEST_THREADS) as threads:
-        return problems + list(filter(None, threads.map(look, sorted(files)[process_index::process_count])))
+        for problem in threads.map(look, sorted(files)[process_index::process_count]):
+            gets_on()
+            if problem:
+                problems.append(problem)
+    return problems
 
 
 def _write_manifest(folder: epath.Path, *, process_index: int, process_count: int) -> None:
     """This process's part: of every N-th file, and how many there are in all."""
-    paths = {str((at / name).relative_to(folder)): at / name for at, _, names in folder.walk() for name in names}
+    paths = {str(path.relative_to(folder)): path for path in _files_in(folder)}
     names = sorted(name for name in paths if not (name.startswith(f"{MANIFEST}/") and "-of-" in name))
     mine = names[process_index::process_count]
     with ThreadPoolExecutor(_DIGEST_THREADS) as threads:
@@ -285,16 +325,45 @@ def _write_manifest(folder: epath.Path, *, process_index: int, process_count: in
     _write(folder / MANIFEST / f"{process_index}-of-{process_count}.json", json.dumps(part, indent=1).encode())
 
 
+def _files_in(folder: epath.Path) -> Iterator[epath.Path]:
+    """All below a folder. Not by `walk`, which on object stores loses the gs:// of its paths."""
+    for path in folder.iterdir():
+        if path == folder:  # an object that stands for the folder itself
+            continue
+        if path.is_dir():
+            yield from _files_in(path)
+        else:
+            yield path
+
+
 def _manifest_parts(folder: epath.Path) -> list[epath.Path]:
-    return sorted(path for path in (folder / MANIFEST).iterdir() if "-of-" in path.name and path.suffix == ".json")
+    """One of each process that saved, there or not. By name, since clients of object stores keep old listings."""
+    count = json.loads((folder / MANIFEST / "metadata").read_text())["processes"]
+    return [folder / MANIFEST / f"{index}-of-{count}.json" for index in range(count)]
 
 
-def _counts(folder: epath.Path) -> bool:
-    """Whether all processes have written their parts of the manifest (or it is from before there were manifests)."""
-    if not (folder / MANIFEST).exists():
-        return True
-    parts = _manifest_parts(folder)
-    return bool(parts) and len(parts) == int(parts[0].stem.rpartition("-")[2])
+def _unfinished(folder: epath.Path) -> bool:
+    """Whether its save died: before Orbax was done, or before all processes had written their parts of the manifest."""
+    try:
+        if (folder / MANIFEST).exists():
+            return not all(path.exists() for path in _manifest_parts(folder))
+        return "://" in str(folder) and not (folder / _COMMITTED).exists()  # elsewhere Orbax renames what is done
+    except _UNREADABLE:
+        return False  # that is damage
+
+
+def _is_from_before_manifests(folder: epath.Path) -> bool:
+    """Whether a step never had a manifest, by what Orbax noted of it; it may also have lost one."""
+    try:
+        return MANIFEST not in json.loads((folder / _CONTENTS).read_text())["item_handlers"]
+    except _UNREADABLE:
+        return False
+
+
+def _why(name: str, error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return f"{name} is missing"
+    return f"{name} can't be read: {error}" if isinstance(error, OSError) else f"{name} was changed"
 
 
 def _digest_of(path: epath.Path) -> str:
@@ -331,23 +400,40 @@ def _free_mib(folder: epath.Path) -> int:
     return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free >> 20
 
 
+def on_host(array: Any) -> np.ndarray:
+    """All of an array, wherever it lies; if on the devices of several processes, all of them ask for it together."""
+    if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+        return multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
+
+
 def save_model(directory: epath.PathLike, params: Tree, description: Mapping[str, Any]) -> str:
     """Writes ``model.safetensors`` (float32 or as given) and ``model.json``; returns the digest of the weights.
 
-    Args:
-      params: nested dicts of arrays; the path of a leaf, joined by '/', is its name in the file.
-      description: JSON that says how to build the model; the digest is added to it.
-    """
-    from safetensors.flax import save
+    All processes of a run call it together. Process 0 writes, and none returns before; the others know no digest.
 
-    target = epath.Path(directory).expanduser()
-    target.mkdir(parents=True, exist_ok=True)
-    flat = {name: jnp.asarray(leaf) for name, leaf in traverse_util.flatten_dict(params, sep="/").items()}
-    data = save(dict(sorted(flat.items())))
-    digest = hashlib.sha256(data).hexdigest()
-    # The description names the digest of the weights, so a model whose two files do not belong together is refused.
-    _write(target / WEIGHTS, data)
-    _write(target / DESCRIPTION, json.dumps({**description, "sha256": digest}, indent=1).encode())
+    Args:
+      params: nested dicts of arrays, wherever they lie; the path of a leaf, joined by '/', is its name in the file.
+        They are gathered one at a time.
+      description: JSON that says how to build the model; the digest of the weights is added to it.
+    """
+    from safetensors.numpy import save
+
+    target, writes = epath.Path(directory).expanduser(), jax.process_index() == 0
+    flat, digest = {}, ""
+    for name, leaf in sorted(traverse_util.flatten_dict(params, sep="/").items()):
+        whole = on_host(leaf)
+        if writes:  # float64 has no place in a model; and the writer copies memory as it lies
+            flat[name] = np.asarray(whole, jax.dtypes.canonicalize_dtype(whole.dtype), order="C")
+    if writes:
+        target.mkdir(parents=True, exist_ok=True)
+        data = save(flat)
+        digest = hashlib.sha256(data).hexdigest()
+        # The description names the digest of the weights, so a model whose two files do not belong together is refused.
+        _write(target / WEIGHTS, data)
+        _write(target / DESCRIPTION, json.dumps({**description, "sha256": digest}, indent=1).encode())
+    # A process that went on to its end would wait there for process 0, and not as long as writing may take.
+    ocp.multihost.get_barrier_sync_fn()(key=f"written {target}", timeout_ms=1000 * _EXPORT_SECONDS)
     return digest
 
 

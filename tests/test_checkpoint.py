@@ -146,32 +146,114 @@ def test_a_damaged_step_is_replaced_when_the_run_comes_to_it_again(two_steps):
 
 
 def test_a_save_killed_before_its_manifest_does_not_count(two_steps):
-    (two_steps / "checkpoints" / "2" / "manifest" / "0-of-1.json").rename(
-        two_steps / "checkpoints" / "2" / "manifest" / "0-of-2.json"  # as if the other process had died
-    )
+    manifest = two_steps / "checkpoints" / "2" / "manifest"
+    (manifest / "metadata").write_text('{"processes": 2}')  # of which one died
+    (manifest / "0-of-1.json").rename(manifest / "0-of-2.json")
     with pytest.warns(UserWarning, match="its save was not finished"):
         assert _restored(two_steps) == 1
 
 
 def test_a_checkpoint_from_before_there_were_manifests_is_taken_with_a_warning(two_steps):
-    shutil.rmtree(two_steps / "checkpoints" / "2" / "manifest")
+    step = two_steps / "checkpoints" / "2"
+    shutil.rmtree(step / "manifest")
+    contents = json.loads((step / "_CHECKPOINT_METADATA").read_text())
+    del contents["item_handlers"]["manifest"]
+    (step / "_CHECKPOINT_METADATA").write_text(json.dumps(contents))
     with pytest.warns(UserWarning, match="has no manifest"):
         assert _restored(two_steps) == 2
+
+
+def test_a_manifest_that_is_lost_is_damage(two_steps):
+    shutil.rmtree(two_steps / "checkpoints" / "2" / "manifest")
+    with pytest.warns(UserWarning, match="2 is damaged, so the step before is taken: manifest/metadata is missing"):
+        assert _restored(two_steps) == 1
+
+
+def test_a_part_of_the_manifest_that_cannot_be_read_is_named(two_steps):
+    part = two_steps / "checkpoints" / "2" / "manifest" / "0-of-1.json"
+    part.unlink()
+    part.mkdir()  # reading it is an OSError, as of a disk that fails
+    with pytest.warns(UserWarning, match="manifest/0-of-1.json can't be read: .*directory"):
+        assert _restored(two_steps) == 1
+
+
+def test_steps_beyond_the_one_gone_on_from_are_damaged_and_count_for_nothing(two_steps):
+    """Were they counted among those to keep, pruning would remove the good ones."""
+    folder = two_steps / "checkpoints"
+    for step in (5, 9):
+        shutil.copytree(folder / "2", folder / str(step))
+        _flip(folder / str(step) / "config" / "metadata")
+    with checkpoint.Checkpoints(two_steps, keep=2) as checkpoints:
+        with pytest.warns(UserWarning, match="is damaged"):
+            assert checkpoints.latest == 2
+        for step in (7, 8):
+            state = {"w": jnp.full((64, 64), float(step)), "step": jnp.int32(step)}
+            checkpoints.save(step, state, position={"step": step}, config={"seed": step})
+            checkpoints.wait()
+            assert {path.name for path in folder.iterdir()} == {7: {"2", "7"}, 8: {"7", "8"}}[step]
+    assert _restored(two_steps) == 8
+
+
+def test_what_takes_long_says_that_it_gets_on(two_steps):
+    calls = []
+    with checkpoint.Checkpoints(two_steps, gets_on=lambda: calls.append(None)) as checkpoints:
+        assert checkpoints.latest == 2
+        num_files = len(calls)
+        assert num_files > 8
+        checkpoints.position()
+        assert len(calls) == num_files + 2
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """gs://bucket, as etils sees it through fsspec: its listings have no gs:// before them."""
+    from etils.epath import backend
+    from fsspec.implementations.local import LocalFileSystem
+
+    class Bucket(LocalFileSystem):
+        cachable = False
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return str(path).replace("gs://", f"{tmp_path}/", 1).rstrip("/")
+
+    monkeypatch.setattr(type(backend.fsspec_backend), "_get_filesystem", lambda self, name: Bucket())
+    (tmp_path / "bucket").mkdir()
+    return tmp_path / "bucket"
+
+
+def test_on_an_object_store_every_file_is_digested_and_half_a_step_does_not_count(two_steps, bucket):
+    shutil.copytree(two_steps / "checkpoints" / "2", bucket / "2")
+    (bucket / "2" / "manifest" / "0-of-1.json").unlink()
+    folder = epath.Path("gs://bucket/2")
+    assert checkpoint._unfinished(folder)
+    checkpoint._write_manifest(folder, process_index=0, process_count=1)
+    assert not checkpoint._unfinished(folder)
+    assert checkpoint.damage(folder) == []
+    manifest = json.loads((bucket / "2" / "manifest" / "0-of-1.json").read_text())
+    assert manifest["num_files"] == sum(path.is_file() for path in (bucket / "2").rglob("*")) - 1
+    _flip(bucket / "2" / "config" / "metadata")
+    assert "config/metadata was changed" in checkpoint.damage(folder)[0]
+    shutil.rmtree(bucket / "2" / "manifest")
+    assert not checkpoint._unfinished(folder)  # then it was whole, and damage
+    (bucket / "2" / "commit_success.txt").unlink()  # there Orbax writes in place, and this last
+    assert checkpoint._unfinished(folder)
 
 
 def test_processes_share_the_digests(two_steps, tmp_path):
     folder = epath.Path(two_steps / "checkpoints" / "2")
     (folder / "manifest" / "0-of-1.json").unlink()
+    (folder / "manifest" / "metadata").write_text('{"processes": 3}')
     for index in range(3):
-        assert not checkpoint._counts(folder)
+        assert checkpoint._unfinished(folder)
         checkpoint._write_manifest(folder, process_index=index, process_count=3)
-    assert checkpoint._counts(folder)
+    assert not checkpoint._unfinished(folder)
     assert checkpoint.damage(folder) == []
     _flip(folder / "config" / "metadata")
     found = [checkpoint.damage(folder, process_index=index, process_count=2) for index in range(2)]
     assert sum(map(len, found)) == 1
     (folder / "manifest" / "1-of-3.json").unlink()
-    assert any("holds" in line for line in checkpoint.damage(folder))
+    assert "manifest/1-of-3.json is missing" in checkpoint.damage(folder)
 
 
 @pytest.fixture

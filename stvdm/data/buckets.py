@@ -5,7 +5,7 @@ A bucket is a compiled shape. Every batch comes whole from one bucket, and bucke
 weight. A bucket of one frame is a bucket of images, and any clip can give it one.
 
     buckets = parse([(17, 64, 64), dict(num_frames=1, height=64, width=64, batch_size=64, weight=0.25)])
-    validate(buckets, global_batch=32, process_count=4)
+    validate(buckets, global_batch=32, num_shards=4)
     assign((120, 1080, 1920), buckets)      # -> (0, 1): the positions of the buckets this video can go to
 """
 
@@ -21,7 +21,7 @@ class Bucket:
 
     Attributes:
       num_frames, height, width: of the clip, in frames and pixels. One frame is an image.
-      batch_size: examples a step over all processes; None takes the loader's `global_batch`.
+      batch_size: examples a step, over all devices; None takes the loader's `global_batch`.
       weight: how often this bucket is drawn, relative to the others.
     """
 
@@ -59,7 +59,7 @@ def parse(entries: Iterable[Any]) -> tuple[Bucket, ...]:
     return tuple(buckets)
 
 
-def problems(buckets: Sequence[Bucket], *, global_batch: int | None = None, process_count: int = 1) -> list[str]:
+def problems(buckets: Sequence[Bucket], *, global_batch: int | None = None, num_shards: int = 1) -> list[str]:
     """Everything that is wrong with this set of buckets, one sentence each; empty when it is sound.
 
     Whether a shape fits the latent of an autoencoder is for `stvdm.config` to say.
@@ -78,10 +78,10 @@ def problems(buckets: Sequence[Bucket], *, global_batch: int | None = None, proc
         batch = bucket.batch_size if bucket.batch_size is not None else global_batch
         if batch is None:
             found.append(f"bucket {bucket}: batch_size=None and no global_batch, so give either")
-        elif batch < 1 or batch % process_count:
+        elif batch < 1 or batch % num_shards:
             found.append(
-                f"bucket {bucket}: batch_size={batch}: expected a positive multiple of the {process_count} processes, "
-                f"so use e.g. {max(1, round(batch / process_count)) * process_count}"
+                f"bucket {bucket}: batch_size={batch}: expected a positive multiple of the {num_shards} parts it is "
+                f"split into (mesh data x fsdp), so use e.g. {max(1, round(batch / num_shards)) * num_shards}"
             )
     for bucket in buckets:
         if sum(bucket.shape == other.shape for other in buckets) > 1:
@@ -90,9 +90,9 @@ def problems(buckets: Sequence[Bucket], *, global_batch: int | None = None, proc
     return found
 
 
-def validate(buckets: Sequence[Bucket], *, global_batch: int | None = None, process_count: int = 1) -> None:
+def validate(buckets: Sequence[Bucket], *, global_batch: int | None = None, num_shards: int = 1) -> None:
     """Raise one ValueError that lists every entry of `problems`."""
-    if found := problems(buckets, global_batch=global_batch, process_count=process_count):
+    if found := problems(buckets, global_batch=global_batch, num_shards=num_shards):
         raise ValueError("\n".join(found))
 
 

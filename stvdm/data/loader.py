@@ -6,8 +6,9 @@
 
 Every arrow is random access (a `grain.MapDataset`), so batch number `step` is a pure function of (sources, buckets,
 seed, step). The random clip and crop of an element come from the generator `random_map` makes of its global position,
-before rows are dealt out to processes: process p of P takes rows [p B / P, (p + 1) B / P) of each global batch of B,
-which is also where `jax.make_array_from_process_local_data` puts them.
+before rows are dealt out: shard s of S is rows [s B / S, (s + 1) B / S) of each global batch of B, and a process reads
+the shards that its devices hold. Which those are the mesh says, not the number of processes: where the devices of one
+example belong to several processes, each of these reads it.
 
     loader = make_loader(KineticShapes(seed=0), buckets=[(17, 64, 64, 32)], seed=0)
     batch = next(loader)       # {"video": uint8 (B, T, H, W, 3), "caption": list of str, "index": int64 (B,)}
@@ -247,8 +248,8 @@ def make_loader(
     global_batch: int | None = None,
     start_step: int = 0,
     num_workers: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    num_shards: int = 1,
+    shards: Sequence[int] = (0,),
     flip: bool = False,
 ) -> Loader:
     """Batches of `sources`, from `start_step` on.
@@ -257,10 +258,11 @@ def make_loader(
       sources: one or several; they are read as one long list.
       buckets: `Bucket`s or what `buckets.parse` makes them of.
       seed: of order, clips and crops.
-      global_batch: examples a step over all processes, for buckets that do not say.
+      global_batch: examples a step, over all devices, for buckets that do not say.
       start_step: the first batch to deliver, i.e. the number of steps already made.
       num_workers: processes that read ahead; 0 reads in a thread of this one.
-      process_index, process_count: of this training process; the batch holds its share of the rows.
+      num_shards: equal parts that the rows of a global batch are split into.
+      shards: which of them this process reads, in this order.
       flip: mirror half the clips left-right. Off, because captions say "left" and "right".
 
     Raises:
@@ -268,7 +270,7 @@ def make_loader(
     """
     sources = tuple(sources) if isinstance(sources, Sequence) else (sources,)
     parsed = bucketing.parse(buckets)
-    bucketing.validate(parsed, global_batch=global_batch, process_count=process_count)
+    bucketing.validate(parsed, global_batch=global_batch, num_shards=num_shards)
     if len({source.kind for source in sources}) != 1:
         raise ValueError(
             f"sources={[s.kind for s in sources]}: expected all videos or all latents, so make a loader for each"
@@ -288,8 +290,8 @@ def make_loader(
             .repeat()
             .random_map(_Read(sources, members, bucket, flip))
         )
-        rows = _Rows(line, batch_size, process_index, process_count)
-        lines.append(rows.batch(batch_size // process_count, drop_remainder=True, batch_fn=_stack))
+        rows = _Rows(line, batch_size, num_shards, shards)
+        lines.append(rows.batch(rows.num_local, drop_remainder=True, batch_fn=_stack))
     dataset = grain.MapDataset.mix(lines, weights=[bucket.weight for bucket in parsed])
     identity = {
         "seed": seed,
@@ -434,21 +436,23 @@ class _Read:
 
 
 class _Rows(grain.MapDataset):
-    """This process's rows of every global batch, contiguous: joined, the same batch for any number of processes."""
+    """Of every global batch the rows of some of its shards."""
 
-    def __init__(self, parent: Any, global_batch: int, process_index: int, process_count: int):
+    def __init__(self, parent: Any, global_batch: int, num_shards: int, shards: Sequence[int]):
         super().__init__(parent)
-        self._global, self._local = global_batch, global_batch // process_count
-        self._first = process_index * self._local
+        each = global_batch // num_shards
+        self._global = global_batch
+        self._rows = [row for shard in shards for row in range(shard * each, (shard + 1) * each)]
+        self.num_local = len(self._rows)
 
     def __len__(self) -> int:
-        return len(self._parent) // self._global * self._local
+        return len(self._parent) // self._global * self.num_local
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return self.slice(index)
-        step, row = divmod(index, self._local)
-        return self._parent[step * self._global + self._first + row]
+        step, row = divmod(index, self.num_local)
+        return self._parent[step * self._global + self._rows[row]]
 
 
 def _stack(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:

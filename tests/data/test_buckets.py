@@ -18,17 +18,17 @@ def test_parse_reads_every_way_to_write_one():
 
 def test_validate_tells_all_at_once():
     with pytest.raises(ValueError) as caught:
-        validate(parse([(0, 64, 64), (17, 64, 64, 6), (9, 64, 64, 8, 0.0), (5, 8, 8), (5, 8, 8)]), process_count=4)
+        validate(parse([(0, 64, 64), (17, 64, 64, 6), (9, 64, 64, 8, 0.0), (5, 8, 8), (5, 8, 8)]), num_shards=4)
     said = str(caught.value)
     for part in (
         "bucket 0x64x64: expected positive whole numbers",
-        "batch_size=6: expected a positive multiple of the 4 processes, so use e.g. 8",
+        "batch_size=6: expected a positive multiple of the 4 parts it is split into (mesh data x fsdp), so use e.g. 8",
         "weight=0.0: expected above 0",
         "bucket 5x8x8: batch_size=None and no global_batch",
         "bucket 5x8x8: listed more than once",
     ):
         assert part in said
-    validate(parse([(17, 64, 64, 8), (1, 64, 64)]), global_batch=12, process_count=4)
+    validate(parse([(17, 64, 64, 8), (1, 64, 64)]), global_batch=12, num_shards=4)
     with pytest.raises(ValueError, match="expected at least one"):
         validate([], global_batch=1)
 

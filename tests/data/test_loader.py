@@ -65,11 +65,11 @@ def test_what_a_batch_holds_is_what_the_source_gives():
         assert batch["caption"][row] == example["caption"]
 
 
-@pytest.mark.parametrize("process_count", [2, 4])
-def test_any_number_of_processes_reads_the_same_global_batches(process_count, folder):
+@pytest.mark.parametrize("num_shards", [2, 4])
+def test_however_rows_are_dealt_out_the_global_batches_are_the_same(num_shards, folder):
     for source in (KineticShapes(num_clips=50), FolderSource(folder, fps=8)):
         whole = take(make(source), 6)
-        parts = [take(make(source, process_index=k, process_count=process_count), 6) for k in range(process_count)]
+        parts = [take(make(source, num_shards=num_shards, shards=(k,)), 6) for k in range(num_shards)]
         joined = [
             {
                 "video": np.concatenate([part["video"] for part in step]),
@@ -79,6 +79,15 @@ def test_any_number_of_processes_reads_the_same_global_batches(process_count, fo
             for step in zip(*parts, strict=True)
         ]
         assert_same(whole, joined)
+
+
+def test_a_process_may_hold_parts_of_a_batch_that_are_no_neighbours():
+    whole = make(buckets=[(5, 8, 8, 8)]).batch_at(3)
+    part = make(buckets=[(5, 8, 8, 8)], num_shards=4, shards=(0, 2)).batch_at(3)
+    rows = [0, 1, 4, 5]
+    np.testing.assert_array_equal(part["video"], whole["video"][rows])
+    np.testing.assert_array_equal(part["index"], whole["index"][rows])
+    assert part["caption"] == [whole["caption"][row] for row in rows]
 
 
 def test_any_number_of_workers_reads_the_same_batches(folder):
@@ -195,7 +204,7 @@ def test_several_sources_are_one_long_list():
 
 def test_position_is_json_and_refuses_other_data():
     saved = json.loads(json.dumps({**make().position, "step": 70}))
-    assert check_position(saved, make(num_workers=2, process_count=2).position) == 70
+    assert check_position(saved, make(num_workers=2, num_shards=2).position) == 70
     for changed, name in (
         (make(seed=4), "seed: saved 3, now 4"),
         (make(KineticShapes(num_clips=51)), "fingerprint"),
