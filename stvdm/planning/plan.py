@@ -140,7 +140,8 @@ def _program(config: ConfigDict, coder: Autoencoder, mesh: Mesh | None) -> tuple
         clip = jax.ShapeDtypeStruct((1, T, H, W, 3), jnp.float32)
         weights = jax.eval_shape(coder.init, jax.random.key(0), clip)["params"]
         scale = jax.ShapeDtypeStruct((coder.latent_channels,), jnp.float32)
-        frozen = ({"autoencoder": nn.unbox(weights), "statistics": {"mean_z": scale, "std_z": scale}},)
+        whole = {"autoencoder": nn.unbox(weights), "statistics": {"mean_z": scale, "std_z": scale}}
+        frozen = (train_dit.frozen_weights(config, whole),)
     splits = (None, None) if mesh is None else (sharding.batch_sharding(mesh), sharding.replicated(mesh))
     examples = {
         name: jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=splits[0]) for name, (shape, dtype) in rows.items()

@@ -242,8 +242,9 @@ class Pipeline:
                 _relay.listener = functools.partial(_tell, progress, made, len(part), everything)
             callback = None if progress is None else _relay
             latent = denoise(self.models, self.params, noise, times, prompt, null, how=how, callback=callback)
+            latent = checkpoint.on_host(latent)  # in a training it may lie split over all processes
             videos.append(self.decode(latent)[: len(part)])
-            latents.append(np.asarray(latent)[: len(part)])
+            latents.append(latent[: len(part)])
         settings = dict(
             **{
                 name: list(value) if isinstance(value, tuple) else value
@@ -280,27 +281,36 @@ class Pipeline:
         return shapes.token_grid(self.autoencoder.latent_shape(self.default_shape), self.models.dit.patch)
 
     def _check(self, prompts: Sequence[str], shape: tuple[int, int, int], chosen: Mapping[str, Any], num: int) -> None:
-        if not prompts:
-            raise ValueError("prompts=[]: expected at least one sentence.")
+        check_prompts(prompts, self.tokenizer)
         if num < 1:
             raise ValueError(f"num={num}: expected at least 1 video of each prompt.")
         if chosen["sampler"] not in SAMPLERS:
             raise ValueError(f"sampler={chosen['sampler']!r}: expected one of {', '.join(SAMPLERS)}.")
         if chosen["steps"] < 1:
             raise ValueError(f"steps={chosen['steps']}: expected at least 1 denoising step.")
-        for prompt in prompts:
-            unknown = self.tokenizer.unknown_words(prompt)
-            if unknown or not prompt.strip():
-                words = ", ".join(map(repr, unknown)) or "(none given)"
-                raise ValueError(
-                    f"prompt {prompt!r}: the model never saw the words {words}; "
-                    f"it knows {len(self.tokenizer.words)}: {', '.join(self.tokenizer.words)}."
-                )
-            length = self.tokenizer.count(prompt)
-            if length > self.tokenizer.max_tokens:
-                raise ValueError(
-                    f"prompt {prompt!r}: {length} tokens, and the model reads {self.tokenizer.max_tokens}; shorten it."
-                )
+
+
+def check_prompts(prompts: Sequence[str], tokenizer: WordTokenizer, *, name: str = "prompt") -> None:
+    """Whether there are prompts, and a model with these words can follow them; the error calls one ``name``.
+
+    Raises:
+      ValueError: for none, for words the model never saw, or for more than it reads.
+    """
+    if not prompts:
+        raise ValueError(f"{name}s=[]: expected at least one sentence.")
+    for prompt in prompts:
+        unknown = tokenizer.unknown_words(prompt)
+        if unknown or not prompt.strip():
+            words = ", ".join(map(repr, unknown)) or "(none given)"
+            raise ValueError(
+                f"{name} {prompt!r}: the model never saw the words {words}; "
+                f"it knows {len(tokenizer.words)}: {', '.join(tokenizer.words)}."
+            )
+        length = tokenizer.count(prompt)
+        if length > tokenizer.max_tokens:
+            raise ValueError(
+                f"{name} {prompt!r}: {length} tokens, and the model reads {tokenizer.max_tokens}; shorten it."
+            )
 
 
 def autoencoder_of(model: Mapping[str, Any]) -> Autoencoder:
@@ -337,7 +347,7 @@ def to_model_range(video: np.ndarray | jax.Array) -> jax.Array:
 
 def to_uint8(video: jax.Array) -> np.ndarray:
     """Video in [-1, 1] as pixels."""
-    return np.asarray(jnp.clip(jnp.round((video + 1) * 127.5), 0, 255).astype(jnp.uint8))
+    return checkpoint.on_host(jnp.clip(jnp.round((video + 1) * 127.5), 0, 255).astype(jnp.uint8))
 
 
 def bundled() -> epath.Path:

@@ -12,6 +12,7 @@ reconstructions), ``model/`` (the averaged weights and the scale of their latent
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -29,7 +30,7 @@ from stvdm.models import autoencoder3d, critics
 from stvdm.models.autoencoder3d import Autoencoder
 from stvdm.planning.flops import model_flops
 from stvdm.sampling.pipeline import to_model_range
-from stvdm.train import preemption
+from stvdm.train import preemption, supervisor
 from stvdm.train import state as state_lib
 from stvdm.train.state import Program, State, is_due
 from stvdm.train.telemetry import Telemetry
@@ -120,17 +121,17 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
     with (
         preemption.watch() as must_leave,
         jax.set_mesh(mesh),
-        checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints,
+        checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints, gets_on=supervisor.beat) as checkpoints,
     ):
         # Restore or initialise.
-        state, shardings = state_lib.initialise(run, mesh)
-        batches = state_lib.open_batches(config, split="train")
-        held_out = state_lib.open_batches(config, split="validation")
-        state, first_step = state_lib.resume(checkpoints, state, batches.position)
+        batches = state_lib.open_batches(config, mesh, split="train")
+        held_out = state_lib.open_batches(config, mesh, split="validation")
+        state, first_step = state_lib.resume(checkpoints, config, run, mesh, position=batches.position)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
         batches.step = first_step
         train_step = jax.jit(run.step, donate_argnums=0, out_shardings=(shardings, None))
         evaluate = jax.jit(run.evaluate, out_shardings=sharding.replicated(mesh))  # so that every process can read it
-        only_batch = next(batches) if config.overfit else None
+        only_batch = batches.batch_at(0) if config.overfit else None
 
         # Loop.
         skips = state_lib.Skips(config.max_skipped, state.num_skipped)
@@ -163,9 +164,11 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
                     telemetry.preview(done, "reconstruction", results[0][1])
                 leaving = must_leave(done)
                 if leaving or is_due(done, config.checkpoint_every, config.total_steps):
+                    skips.check(batches)  # a run that must stop would stop again after this step
                     with telemetry.timed("save"):
                         position = {**batches.position, "step": done}
                         checkpoints.save(done, state, position=position, config=config.to_dict())
+                        telemetry.bring()
                 if leaving:
                     telemetry.say(f"asked to stop: step {done} is being saved, the same command goes on from it")
                     preemption.leave(checkpoints)
@@ -174,9 +177,9 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
 
             # Finish: the averaged weights, and the scale of the latents they make.
             statistics = latent_statistics(Autoencoder(**config.model), state.ema, batches, config, mesh)
-            params = {"autoencoder": state_lib.gathered(state.ema["autoencoder"], mesh), "statistics": statistics}
-            if jax.process_index() == 0:
-                description = {"kind": "autoencoder", "autoencoder": config.model.to_dict(), "config": config.to_dict()}
+            params = {"autoencoder": state.ema["autoencoder"], "statistics": statistics}
+            description = {"kind": "autoencoder", "autoencoder": config.model.to_dict(), "config": config.to_dict()}
+            with telemetry.timed("export"):
                 checkpoint.save_model(workdir / "model", params, description)
             telemetry.say(f"the model is in {workdir / 'model'}")
 
@@ -190,6 +193,10 @@ def latent_statistics(
         return model.apply({"params": params["autoencoder"]}, to_model_range(batch["video"]), method="encode")[0]
 
     encode = jax.jit(encode, out_shardings=sharding.replicated(mesh))  # so that every process can read it
-    return autoencoder3d.latent_statistics(
-        encode(params, state_lib.to_mesh(batches.batch_at(i), mesh)) for i in range(config.statistics_batches)
-    )
+
+    def latents() -> Iterator[jax.Array]:
+        for i in range(config.statistics_batches):
+            supervisor.beat()
+            yield encode(params, state_lib.to_mesh(batches.batch_at(i), mesh))
+
+    return autoencoder3d.latent_statistics(latents())

@@ -34,7 +34,7 @@ from stvdm.models.text_encoders import WordTokenizer, collect_words
 from stvdm.planning.flops import model_flops
 from stvdm.sampling import pipeline
 from stvdm.sampling.pipeline import Pipeline
-from stvdm.train import preemption
+from stvdm.train import preemption, supervisor
 from stvdm.train import state as state_lib
 from stvdm.train.state import Program, State, is_due
 from stvdm.train.telemetry import Telemetry
@@ -49,8 +49,8 @@ EVAL_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # at which the held-out loss is taken, e
 def program(config: ConfigDict, coder: Autoencoder) -> Program:
     """All that a run with this config compiles, for latents of this autoencoder.
 
-    The step is (state, batch, weights of the autoencoder) -> (state, metrics), and the batch holds "tokens", "mask" and
-    "latent" (raw) or "video".
+    The step is (state, batch, `frozen_weights`) -> (state, metrics), and the batch holds "tokens", "mask" and "latent"
+    (raw) or "video".
     """
     # Networks.
     tokenizer = WordTokenizer(tuple(config.text.words), config.text.max_tokens)
@@ -152,22 +152,24 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
     with (
         preemption.watch() as must_leave,
         jax.set_mesh(mesh),
-        checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints,
+        checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints, gets_on=supervisor.beat) as checkpoints,
     ):
         # Autoencoder, data and words.
         coder_params, coder_description = load_autoencoder(config.autoencoder)
         coder = pipeline.autoencoder_of(coder_description["autoencoder"])
-        batches = state_lib.open_batches(config, split="train")
-        held_out = state_lib.open_batches(config, split="validation")
+        batches = state_lib.open_batches(config, mesh, split="train")
+        held_out = state_lib.open_batches(config, mesh, split="validation")
         config = base.with_words(config, words_of(config, checkpoints, batches))
         settings = config.to_dict()
         tokenizer = WordTokenizer(tuple(config.text.words), config.text.max_tokens)
+        if config.eval_every:
+            pipeline.check_prompts(config.sample.previews, tokenizer, name="sample.preview")  # now, not hours later
 
         # Restore or initialise.
         run = program(config, coder)
-        state, shardings = state_lib.initialise(run, mesh)
-        state, first_step = state_lib.resume(checkpoints, state, batches.position)
-        frozen = jax.device_put(coder_params, sharding.replicated(mesh))
+        state, first_step = state_lib.resume(checkpoints, config, run, mesh, position=batches.position)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+        frozen = jax.device_put(frozen_weights(config, coder_params), sharding.replicated(mesh))
         train_step = jax.jit(run.step, donate_argnums=0, out_shardings=(shardings, None))
 
         # Evaluation: the loss of held-out clips, and samples of fixed prompts.
@@ -187,16 +189,15 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
             arrays: dict[str, Any] = {name: batch[name] for name in ("video", "latent") if name in batch}
             return state_lib.to_mesh({**arrays, "tokens": tokens, "mask": mask}, mesh)
 
-        def described(params: Tree) -> tuple[Tree, dict[str, Any]]:
-            return {**state_lib.gathered(params, mesh), **coder_params}, {
-                "kind": "dit",
-                "autoencoder": coder_description["autoencoder"],
-                "config": settings,
-            }
+        description = {"kind": "dit", "autoencoder": coder_description["autoencoder"], "config": settings}
+
+        def samples(params: Tree, prompts: list[str]) -> np.ndarray:
+            model = Pipeline.of({**coder_params, **frozen, **params}, description)
+            return model.generate(prompts, batch_size=len(prompts)).videos
 
         # Loop.
         batches.step = first_step
-        only_batch = next(batches) if config.overfit else None
+        only_batch = batches.batch_at(0) if config.overfit else None
         skips = state_lib.Skips(config.max_skipped, state.num_skipped)
         with Telemetry(
             workdir,
@@ -222,22 +223,23 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
                     with telemetry.timed("evaluate"):
                         scores = evaluate(state.ema)
                         prompts = list(config.sample.previews)
-                        samples = Pipeline.of(*described(state.ema)).generate(prompts, batch_size=len(prompts))
+                        videos = samples(state.ema, prompts)
                     telemetry.record(done, scores, prefix="eval/")
-                    telemetry.preview(done, "samples", samples.videos, captions=prompts)
+                    telemetry.preview(done, "samples", videos, captions=prompts)
                 leaving = must_leave(done)
                 if leaving or is_due(done, config.checkpoint_every, config.total_steps):
+                    skips.check(batches)  # a run that must stop would stop again after this step
                     with telemetry.timed("save"):
                         checkpoints.save(done, state, position={**batches.position, "step": done}, config=settings)
+                        telemetry.bring()
                 if leaving:
                     telemetry.say(f"asked to stop: step {done} is being saved, the same command goes on from it")
                     preemption.leave(checkpoints)
 
             # Finish.
             telemetry.say(state_lib.write_report(batches.report, workdir))
-            model = described(state.ema)
-            if jax.process_index() == 0:
-                checkpoint.save_model(workdir / "model", *model)
+            with telemetry.timed("export"):
+                checkpoint.save_model(workdir / "model", {**coder_params, **state.ema}, description)
             telemetry.say(f"the model is in {workdir / 'model'}")
 
 
@@ -245,6 +247,12 @@ def load_autoencoder(path: epath.PathLike) -> tuple[Tree, dict[str, Any]]:
     """({"autoencoder", "statistics"}, description) of the run or exported model in a folder."""
     params, description = checkpoint.load_model(pipeline.model_folder(path))
     return {name: params[name] for name in ("autoencoder", "statistics")}, description
+
+
+def frozen_weights(config: ConfigDict, coder_params: Tree) -> Tree:
+    """What a step reads of an autoencoder: of latents that are ready, their statistics alone."""
+    names = ("statistics",) if config.data.source == "latents" else ("autoencoder", "statistics")
+    return {name: coder_params[name] for name in names}
 
 
 def latent_reader(coder: Autoencoder, *, ready: bool) -> Callable[[Tree, Tree], jax.Array]:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What both trainers share: batches, the state of a run, its optimiser, its update, its random streams.
 
-batches = open_batches(config, split="train", start_step=first_step)
+batches = open_batches(config, mesh, split="train")
 optimizer, rate = make_optimizer(config.optimizer, config.total_steps)
-state, shardings = initialise(program, mesh)
+state, first_step = resume(checkpoints, config, program, mesh, position=batches.position)
 state, metrics = update(state, grads, loss=loss, optimizer=optimizer, ema_decay=0.999)     # inside the jitted step
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -56,46 +57,65 @@ class Program(NamedTuple):
     work: Callable[[Tree], dict[str, float]]  # batch, or its shapes -> what a step does: clips, tokens, model FLOPs
 
 
-def open_batches(config: ConfigDict, *, split: Split, start_step: int = 0) -> Loader:
-    """The batches of ``config.data`` from one step on, of the split "train" or "validation"."""
+def open_batches(config: ConfigDict, mesh: Mesh, *, split: Split, start_step: int = 0) -> Loader:
+    """The batches of ``config.data`` from one step on, of the split "train" or "validation": this process's rows.
+
+    Raises:
+      ValueError: if the processes do not all find the same data.
+    """
     data = config.data
-    return make_loader(
+    num_shards, shards = shards_here(mesh)
+    batches = make_loader(
         configured_source(data, seed=config.seed, split=split),
         buckets=data.buckets,
         seed=config.seed,
         start_step=start_step,
         num_workers=data.num_workers if split == "train" else 0,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        num_shards=num_shards,
+        shards=shards,
         flip=data.flip,
     )
+    _check_all_find(batches.position)
+    return batches
+
+
+def shards_here(mesh: Mesh) -> tuple[int, list[int]]:
+    """(how many equal parts a batch is split into, which of them the devices of this process hold).
+
+    Devices that differ only along context or tensor hold the same part, also where they belong to several processes.
+    """
+    split = sharding.batch_sharding(mesh)
+    num_shards = mesh.size // split.shard_shape((mesh.size,))[0]
+    parts = split.addressable_devices_indices_map((num_shards,)).values()
+    return num_shards, sorted({rows.start or 0 for (rows,) in filter(None, parts)})
 
 
 def to_mesh(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's rows of a batch as global arrays, split over the mesh."""
     split = sharding.batch_sharding(mesh)
-    return {
-        name: jax.make_array_from_process_local_data(split, np.asarray(rows))
-        for name, rows in batch.items()
-        if isinstance(rows, np.ndarray | jax.Array)
-    }
+    num_shards, shards = shards_here(mesh)
+
+    def whole(rows: np.ndarray) -> jax.Array:
+        shape = (len(rows) // len(shards) * num_shards, *rows.shape[1:])
+        return jax.make_array_from_process_local_data(split, rows, shape)
+
+    return {name: whole(np.asarray(rows)) for name, rows in batch.items() if isinstance(rows, np.ndarray | jax.Array)}
 
 
-def gathered(tree: Tree, mesh: Mesh) -> Tree:
-    """The whole of sharded arrays, as NumPy arrays on every process."""
-    return jax.device_get(jax.jit(lambda t: t, out_shardings=sharding.replicated(mesh))(tree))
-
-
-def resume(checkpoints: Checkpoints, state: State, position: Mapping[str, Any]) -> tuple[State, int]:
-    """The state to start from and its step: the newest checkpoint, if the data is still what it was, or ``state``.
+def resume(
+    checkpoints: Checkpoints, config: ConfigDict, program: Program, mesh: Mesh, *, position: Mapping[str, Any]
+) -> tuple[State, int]:
+    """The state to start from and its step: of the newest checkpoint, or a fresh one. Memory never holds both.
 
     Raises:
-      ValueError: if the data at ``position`` is not what the checkpoint was trained on.
+      ValueError: if the data at ``position``, or the optimiser, is not what the checkpoint was trained with.
     """
     if checkpoints.latest is None:
-        return state, 0
-    state, saved = checkpoints.restore(state)
-    return state, check_position(saved, position)
+        return initialise(program, mesh)[0], 0
+    first_step = check_position(checkpoints.position(), position)
+    _check_optimizer(checkpoints.config()["optimizer"], config.optimizer)
+    state, _ = checkpoints.restore(abstract_state(program, mesh))
+    return state, first_step
 
 
 def write_report(report: SkipReport, workdir: epath.Path) -> str:
@@ -289,6 +309,37 @@ def accumulated_grad(
         return jax.tree.map(lambda x: x / num_micro, total)
 
     return many
+
+
+def _check_all_find(position: Mapping[str, Any]) -> None:
+    """All processes must read one data set in one order: each reads only its rows of a batch."""
+    if jax.process_count() == 1:
+        return
+    digest = hashlib.sha256(json.dumps(position, sort_keys=True).encode()).digest()
+    rows = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
+    others = np.flatnonzero((rows != rows[0]).any(axis=1)).tolist()
+    if others:
+        raise ValueError(
+            f"the processes {others} do not find the data that process 0 finds; this is process {jax.process_index()}, "
+            f"with the fingerprint {position['fingerprint']}: give all hosts the same files at data.path and "
+            "data.validation_path, e.g. on a disk that they share, and the same config."
+        )
+
+
+def _check_optimizer(saved: Mapping[str, Any], now: ConfigDict) -> None:
+    """Whether the state of the optimiser of a checkpoint can be gone on with."""
+    if saved["name"] != now.name:
+        raise ValueError(
+            f"optimizer.name: saved {saved['name']!r}, now {now.name!r}: they keep different moments, so give back the "
+            "old name, or start from step 0 in a new workdir."
+        )
+    moments = saved.get("moments", "float32")  # earlier versions knew no other
+    if moments != now.moments:
+        warnings.warn(
+            f"optimizer.moments: saved {moments!r}, now {now.moments!r}: the first moments are converted, so the run "
+            "does not go on quite as it would have.",
+            stacklevel=3,
+        )
 
 
 def _matrices(params: Tree) -> Tree:

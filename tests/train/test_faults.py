@@ -8,13 +8,13 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 
 import numpy as np
 import pytest
 from runs import Run, finish, losses, saved, steps_written
 
 from stvdm.train.preemption import RESUME
+from stvdm.train.telemetry import read_metrics
 
 pytestmark = pytest.mark.slow
 

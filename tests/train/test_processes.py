@@ -5,6 +5,9 @@ import numpy as np
 import pytest
 from runs import NUM_DEVICES, finish
 
+from stvdm.sampling.pipeline import Pipeline
+from stvdm.train.telemetry import read_metrics
+
 pytestmark = pytest.mark.slow
 
 MESHES = {
@@ -39,10 +42,23 @@ def alone(tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize(("num_processes", "mesh"), [(2, "fsdp"), (2, "fsdp-context"), (4, "context-tensor"), (4, "data-tensor")])
+@pytest.mark.parametrize(
+    ("num_processes", "mesh"), [(2, "fsdp"), (2, "fsdp-context"), (4, "context-tensor"), (4, "data-tensor")]
+)
 def test_several_processes_train_as_one_device(config, alone, tmp_path, num_processes, mesh):
     expected = alone(config(dict(data=1)))
     found = finish(tmp_path / "run", config(MESHES[mesh]), kind="dit", num_processes=num_processes)
     assert found.keys() == expected.keys() == {1, 2, 3}
     assert num_processes <= NUM_DEVICES
     np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=2e-5)
+
+
+def test_two_processes_evaluate_preview_and_leave_one_model(config, alone, tmp_path):
+    changes = config(dict(fsdp=4))
+    changes.eval_every, changes.eval_batches = 3, 1
+    found = finish(tmp_path / "run", changes, kind="dit")
+    np.testing.assert_allclose(list(found.values()), list(alone(config(dict(data=1))).values()), rtol=2e-5)
+    scores = [record["eval/velocity_mse"] for record in read_metrics(tmp_path / "run") if "eval/velocity_mse" in record]
+    assert len(scores) == 1 and np.isfinite(scores).all()
+    assert (tmp_path / "run" / "previews" / "samples-00000003.png").exists()
+    assert Pipeline.load(tmp_path / "run").generate(["a red ball bounces"]).videos.shape == (1, 5, 16, 16, 3)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The update, the optimisers and the streams of randomness that both trainers stand on."""
 
+import types
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import pytest
 
 from stvdm import config as base
 from stvdm import sharding
+from stvdm.checkpoint import Checkpoints
 from stvdm.train import state as state_lib
 
 
@@ -172,9 +175,7 @@ def test_first_moments_may_be_kept_in_half_the_bytes(name):
     for moments in ("float32", "bfloat16"):
         state, _, optimizer, _ = _start(name, moments=moments)
         for _ in range(3):
-            state, _ = state_lib.update(
-                state, _grads(state.params, X), loss=LOSS, optimizer=optimizer, ema_decay=0.9
-            )
+            state, _ = state_lib.update(state, _grads(state.params, X), loss=LOSS, optimizer=optimizer, ema_decay=0.9)
         states[moments] = state
         kernels = [
             (jax.tree_util.keystr(path), leaf.dtype)
@@ -188,6 +189,74 @@ def test_first_moments_may_be_kept_in_half_the_bytes(name):
         states["float32"].params,
         states["bfloat16"].params,
     )
+
+
+def test_a_batch_is_dealt_out_by_what_devices_hold_and_comes_together_again():
+    for axes in (dict(data=2, tensor=4), dict(data=2, fsdp=2, context=2), dict(data=1, tensor=8)):
+        mesh = sharding.make_mesh(**axes)
+        parts = axes["data"] * axes.get("fsdp", 1)
+        assert state_lib.shards_here(mesh) == (parts, list(range(parts)))  # this process has all devices
+        batch = state_lib.to_mesh({"video": X, "caption": ["a"] * 8}, mesh)
+        np.testing.assert_array_equal(batch.pop("video"), X)
+        assert not batch
+
+
+def test_a_process_reads_what_its_devices_hold_whoever_holds_it_too(monkeypatch):
+    """Four processes of two devices: 0 and 1 share the first half of each batch, 2 and 3 the second."""
+    split = sharding.batch_sharding(mesh := sharding.make_mesh(data=2, tensor=4))
+    every = split.devices_indices_map
+    found = []
+    for process in range(4):
+        mine = jax.devices()[2 * process : 2 * process + 2]
+        of_mine = lambda shape, mine=mine: {device: every(shape)[device] for device in mine}  # noqa: E731
+        held = types.SimpleNamespace(shard_shape=split.shard_shape, addressable_devices_indices_map=of_mine)
+        monkeypatch.setattr(sharding, "batch_sharding", lambda _, held=held: held)
+        found.append(state_lib.shards_here(mesh))
+    assert found == [(2, [0]), (2, [0]), (2, [1]), (2, [1])]
+
+
+def test_processes_that_find_other_data_say_so(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    others = []
+    monkeypatch.setattr(
+        state_lib.multihost_utils, "process_allgather", lambda mine: np.stack([mine, mine, *(others or [mine])])
+    )
+    position = {"step": 0, "fingerprint": "abc", "seed": 0}
+    state_lib._check_all_find(position)
+    others.append(np.zeros(32, np.uint8))
+    with pytest.raises(ValueError, match=r"processes \[2\] do not find the data .* fingerprint abc.*same files"):
+        state_lib._check_all_find(position)
+
+
+def _program(name="adamw", **changes):
+    optimizer, _ = state_lib.make_optimizer(_settings(name, **changes), total_steps=10)
+    return state_lib.Program(lambda: Net().init(jax.random.key(0), X)["params"], optimizer, None, None, None, None)
+
+
+def test_a_checkpoint_is_gone_on_from_without_a_fresh_state_beside_it(tmp_path, monkeypatch):
+    mesh, position = sharding.make_mesh(fsdp=4, tensor=2), {"step": 0, "seed": 0}
+    config = base.dit()
+    with Checkpoints(tmp_path) as checkpoints:
+        state, first_step = state_lib.resume(checkpoints, config, _program(), mesh, position=position)
+        assert first_step == 0
+        saved = state._replace(params=jax.tree.map(lambda leaf: leaf + 1, state.params))
+        checkpoints.save(3, saved, position={**position, "step": 3}, config=config.to_dict())
+    monkeypatch.setattr(state_lib, "initialise", lambda *_: pytest.fail("twice the memory"))
+    with Checkpoints(tmp_path) as checkpoints:
+        found, first_step = state_lib.resume(checkpoints, config, _program(), mesh, position=position)
+        assert first_step == 3
+        expected = state_lib.abstract_state(_program(), mesh)
+        assert jax.tree.all(jax.tree.map(lambda leaf, like: leaf.sharding == like.sharding, found, expected))
+        jax.tree.map(np.testing.assert_array_equal, found, saved)
+        with pytest.raises(ValueError, match="seed: saved 0, now 1"):
+            state_lib.resume(checkpoints, config, _program(), mesh, position={**position, "seed": 1})
+        config.optimizer.moments = "bfloat16"
+        with pytest.warns(UserWarning, match="saved 'float32', now 'bfloat16': the first moments are converted"):
+            found, _ = state_lib.resume(checkpoints, config, _program(moments="bfloat16"), mesh, position=position)
+        assert {leaf.dtype for leaf in jax.tree.leaves(found.opt_state)} >= {jnp.dtype(jnp.bfloat16)}
+        config.optimizer.name = "muon"
+        with pytest.raises(ValueError, match="optimizer.name: saved 'adamw', now 'muon'"):
+            state_lib.resume(checkpoints, config, _program("muon"), mesh, position=position)
 
 
 def test_clipping_bounds_the_step():
