@@ -5,8 +5,15 @@
     stvdm train dit --config=configs/quickstart.py --workdir=runs/dit --config.seed=1
 
 Each command parses here, imports what it needs, calls one function of the library and prints what came of it. What the
-user can put right (ValueError, a missing file, a full disk, a loss that is not finite) is one line and exit status 2;
-`--debug` shows where it came from.
+user can put right (ValueError, a missing file, a full disk, a loss that is not finite) is one line; `--debug` shows
+where it came from. Exit status:
+
+    0    done
+    1    something around us failed, which may pass: a disk, a network
+    2    refused: the same command would be again
+    65   a training stopped, as its losses were not finite
+    75   a training was told to stop, and has saved
+    130  interrupted
 """
 
 import argparse
@@ -36,9 +43,9 @@ BUNDLED = "bundled"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status (0 done, 2 for what the user can put right, 130 interrupted).
+    """Run one command; returns the exit status.
 
-    `supervise` has the statuses of `stvdm.train.supervisor`.
+    `supervise` leaves with that of what it supervised, or those of `stvdm.train.supervisor`.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     args, rest = parser().parse_known_args(argv)
@@ -53,13 +60,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             status: int | None = args.run(args)
     except KeyboardInterrupt:
         print("\nstvdm: interrupted", file=sys.stderr)
-        return 130
+        return _left(130)
     except (ValueError, OSError, FloatingPointError) as error:
         if args.debug:
             raise
         print(f"stvdm: error: {error}\n(`--debug` shows where)", file=sys.stderr)
-        return 2
+        if isinstance(error, FloatingPointError):
+            return _left(65)
+        return _left(1 if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) else 2)
     return status or 0
+
+
+def _left(status: int) -> int:
+    """The status; one of several processes of a training ends here, and does not wait for the others."""
+    from stvdm.train import supervisor
+
+    supervisor.leave_at_once(status)
+    return status
 
 
 def parser() -> argparse.ArgumentParser:

@@ -252,6 +252,24 @@ def test_a_missing_config_file_is_named(calls, capsys):
     )
 
 
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ValueError("no such thing"), 2),
+        (FileNotFoundError("no such file"), 2),
+        (OSError("no route to the disk"), 1),
+        (FloatingPointError("not finite"), 65),
+    ],
+)
+def test_the_status_says_whether_it_is_worth_another_try(config_file, stand_in, capsys, error, status):
+    def main(config, workdir):
+        raise error
+
+    stand_in("stvdm.train.dit", main=main)
+    assert cli.main(["train", "dit", f"--config={config_file}", "--workdir=w"]) == status
+    assert str(error) in capsys.readouterr().err
+
+
 def test_a_config_that_cannot_run_says_so_without_a_traceback(config_file, stand_in, capsys):
     def main(config, workdir):
         raise ValueError("this config cannot run:\n  - a\n  - b")

@@ -10,7 +10,8 @@ whatever the run's workdir is) and how to `join` the other processes. It answers
 
     0   finished
     75  told to stop: has saved, and goes on when started again (EX_TEMPFAIL of sysexits.h)
-    2   before the first beat: refuses its command line or config, so starting it again would change nothing
+    2   before it began: refuses its command line or config, so starting it again would change nothing
+    65  its losses are not finite, and would not be if it went on from the same checkpoint again (EX_DATAERR)
     any other, or a signal: died; the next start goes on from the newest checkpoint
 
 Nothing but the standard library is imported (JAX only in `join`, by the child): this outlives what kills a child.
@@ -30,12 +31,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from stvdm.train import compiler_flags
 
 RESUME = 75
 REFUSED = 2
+DIVERGED = 65
 FROZEN = 124  # as of timeout(1)
 
 HEARTBEAT = "STVDM_HEARTBEAT"  # the file to `beat`
@@ -43,31 +45,36 @@ COORDINATOR = "STVDM_COORDINATOR"  # host:port, or AUTO
 NUM_PROCESSES = "STVDM_NUM_PROCESSES"
 PROCESS_ID = "STVDM_PROCESS_ID"
 AUTO = "auto"  # JAX finds the others by itself: Cloud TPU, GKE, Slurm, Open MPI
+TIMEOUT = "STVDM_TIMEOUT"  # seconds without a beat after which a supervisor ends what is frozen, here and elsewhere
 
+NOT_BEGUN = -1
 POLL_SECONDS = 0.1
 LONGEST_DELAY = 60.0
 
 
-def beat(started_from: int) -> None:
+def beat(started_from: int = NOT_BEGUN) -> None:
     """Says that this process gets on; called by trainers again and again, at the latest once in a step.
 
     Args:
-      started_from: the step that this process resumed from. A start from a later step than the one before is what
-        counts as progress: only what was saved outlives a death.
+      started_from: the step that this process resumed from, once that is known. A start from a later step than the one
+        before is what counts as progress: only what was saved outlives a death.
     """
     name = os.environ.get(HEARTBEAT)
     if not name:
         return
-    try:
-        os.utime(name)
-    except FileNotFoundError:
-        partial = Path(f"{name}.partial")
-        partial.write_text(str(started_from))
-        partial.replace(name)  # never seen half written
+    path = Path(name)
+    if path.exists() and (started_from == NOT_BEGUN or path.read_text() == str(started_from)):
+        os.utime(path)
+        return
+    partial = Path(f"{name}.partial")
+    partial.write_text(str(started_from))
+    partial.replace(path)  # never seen half written
 
 
 def join() -> None:
     """Joins the other processes of the job, if the environment says that there are any; before JAX looks for devices.
+
+    It waits for them longer than a supervisor lets a frozen one be: until that one is started again too.
 
     Raises:
       ValueError: if STVDM_COORDINATOR is set and what it needs is not.
@@ -87,11 +94,21 @@ def join() -> None:
             place.append(int(value))
     import jax
 
-    sys.excepthook = _leave_at_once
+    sys.excepthook = _say_and_leave
+    settings: dict[str, Any] = {}
+    if timeout := os.environ.get(TIMEOUT):
+        settings["initialization_timeout"] = int(float(timeout)) + 600
     if coordinator == AUTO:
-        jax.distributed.initialize()
+        jax.distributed.initialize(**settings)
     else:
-        jax.distributed.initialize(coordinator, num_processes=place[0], process_id=place[1])
+        jax.distributed.initialize(coordinator, num_processes=place[0], process_id=place[1], **settings)
+
+
+def leave_at_once(status: int) -> None:
+    """Ends this process if it has joined others: JAX, at its exit, would wait minutes for them, who wait for it."""
+    jax = sys.modules.get("jax")
+    if jax is not None and jax.distributed.is_initialized():
+        _exit(status)
 
 
 def supervise(
@@ -113,8 +130,8 @@ def supervise(
       command: the program and its arguments, the same for every process.
       processes: how many to start, as one job on this machine.
       chip: of the TPU slice that this machine is a worker of; sets the compiler's flags, and lets JAX find the others.
-      timeout: seconds without a beat, from the start on, after which a process counts as frozen. Compiling, evaluating
-        and saving must each fit.
+      timeout: seconds without a beat, from the start on, after which a process counts as frozen. Reading the list of
+        clips, restoring, compiling, evaluating, saving and exporting must each fit.
       grace: seconds that children have for saving once they are told to stop.
       max_failures: ends in a row without progress before giving up.
       first_delay: seconds before the first restart; doubled with each failure in a row, up to a minute.
@@ -139,14 +156,17 @@ def supervise(
     with tempfile.TemporaryDirectory(prefix="stvdm-supervise-") as folder, _stop_signals() as asked:
         while True:
             attempt += 1
-            children = _start(command, Path(folder) / str(attempt), processes=processes, chip=chip)
+            children = _start(command, Path(folder) / str(attempt), processes=processes, chip=chip, timeout=timeout)
             end = _watch(children, asked, timeout=timeout, grace=grace)
             started_from = max(child.started_from() for child in children)
             if asked or end.status == 0:
                 _say(f"{end.what}; stopped, as asked" if asked else end.what)
                 return end.status
-            if end.status == REFUSED and started_from < 0:
+            if end.status == REFUSED and started_from == NOT_BEGUN:
                 _say(f"{end.what} before it began: it would do so again, so it is not restarted")
+                return end.status
+            if end.status == DIVERGED:
+                _say(f"{end.what}, its losses not finite: they would not be again, so it is not restarted")
                 return end.status
             if started_from > furthest:
                 furthest, failures = started_from, 0
@@ -160,11 +180,15 @@ def supervise(
                 return end.status
 
 
-def _leave_at_once(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Ends a process that failed before JAX, at its exit, waits minutes for others that wait for it."""
+def _say_and_leave(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     sys.__excepthook__(kind, error, trace)
+    _exit(1)
+
+
+def _exit(status: int) -> NoReturn:
+    sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)
+    os._exit(status)
 
 
 class _End(NamedTuple):
@@ -199,8 +223,8 @@ class _Child:
         return time.monotonic() - self._beat_seen
 
     def started_from(self) -> int:
-        """The step it resumed from; -1 if it never got so far."""
-        return int(self.heartbeat.read_text()) if self.heartbeat.exists() else -1
+        """The step it resumed from, if it got so far."""
+        return int(self.heartbeat.read_text()) if self.heartbeat.exists() else NOT_BEGUN
 
     def ask_to_stop(self) -> None:
         """SIGTERM to the process alone: the workers that feed it are needed until it has saved."""
@@ -213,15 +237,18 @@ class _Child:
         self._process.wait()
 
 
-def _start(command: Sequence[str], folder: Path, *, processes: int, chip: str | None) -> list[_Child]:
+def _start(command: Sequence[str], folder: Path, *, processes: int, chip: str | None, timeout: float) -> list[_Child]:
     folder.mkdir()
     shared = dict(os.environ)
     if chip:
         shared["LIBTPU_INIT_ARGS"] = compiler_flags.libtpu_init_args(chip, os.environ.get("LIBTPU_INIT_ARGS", ""))
         shared[COORDINATOR] = AUTO
+    if processes > 1:
+        shared |= {COORDINATOR: f"127.0.0.1:{_free_port()}", NUM_PROCESSES: str(processes)}
+    if COORDINATOR in shared:
+        shared[TIMEOUT] = str(timeout)
     if processes == 1:
         return [_Child("the process", command, folder / "heartbeat", shared)]
-    shared |= {COORDINATOR: f"127.0.0.1:{_free_port()}", NUM_PROCESSES: str(processes)}
     return [
         _Child(f"process {i}", command, folder / f"heartbeat-{i}", {**shared, PROCESS_ID: str(i)})
         for i in range(processes)

@@ -145,6 +145,18 @@ def test_a_refusal_is_not_repeated(supervise, tmp_path, capsys):
     assert "not restarted" in capsys.readouterr().err
 
 
+def test_a_refusal_after_a_long_way_there_is_not_repeated_either(training, supervise, tmp_path, capsys):
+    code = "from stvdm.train import supervisor; supervisor.beat(); supervisor.beat(); raise SystemExit(2)"
+    assert supervise([sys.executable, "-c", code]) == 2
+    assert "before it began: it would do so again" in capsys.readouterr().err
+
+
+def test_losses_that_are_not_finite_are_not_made_again(training, supervise, tmp_path, capsys):
+    assert supervise(training("sys.exit(65)")) == 65
+    assert len(starts(tmp_path)) == 1
+    assert "its losses not finite" in capsys.readouterr().err
+
+
 def test_status_2_after_it_began_is_a_death(training, supervise, tmp_path):
     assert supervise(training("sys.exit(2 if attempt == 1 else 0)")) == 0
     assert len(starts(tmp_path)) == 2
@@ -194,6 +206,7 @@ def test_all_are_restarted_when_one_of_them_dies_or_freezes(training, supervise,
         assert not is_running(first["pid"])
         assert second["STVDM_PROCESS_ID"] == str(process)
         assert second["STVDM_NUM_PROCESSES"] == "3"
+        assert second["STVDM_TIMEOUT"] == "3.0"
     coordinators = {tuple(s["STVDM_COORDINATOR"] for s in starts(tmp_path, process)) for process in range(3)}
     assert len(coordinators) == 1  # each attempt has one, the same for all
 
@@ -328,10 +341,12 @@ def test_alone_on_a_machine_there_is_nobody_to_join(training, supervise, tmp_pat
 def test_a_beat_says_once_where_it_started_from(tmp_path, monkeypatch):
     supervisor.beat(3)  # without a supervisor: nothing
     monkeypatch.setenv("STVDM_HEARTBEAT", str(tmp_path / "beat"))
+    supervisor.beat()
+    assert (tmp_path / "beat").read_text() == str(supervisor.NOT_BEGUN)
     supervisor.beat(3)
     first = (tmp_path / "beat").stat().st_mtime_ns
     time.sleep(0.02)
-    supervisor.beat(3)
+    supervisor.beat()
     assert (tmp_path / "beat").read_text() == "3"
     assert (tmp_path / "beat").stat().st_mtime_ns > first
     assert os.listdir(tmp_path) == ["beat"]
@@ -342,6 +357,7 @@ def test_a_beat_says_once_where_it_started_from(tmp_path, monkeypatch):
     [
         ({}, None),
         ({"STVDM_COORDINATOR": "auto"}, ((), {})),
+        ({"STVDM_COORDINATOR": "auto", "STVDM_TIMEOUT": "1800"}, ((), {"initialization_timeout": 2400})),
         (
             {"STVDM_COORDINATOR": "h:1", "STVDM_NUM_PROCESSES": "4", "STVDM_PROCESS_ID": "3"},
             (("h:1",), {"num_processes": 4, "process_id": 3}),
