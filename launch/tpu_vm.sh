@@ -120,13 +120,14 @@ case "$action" in
         esac
         check_training "$@"
         # A file, since systemd has its own ideas about $ and % in arguments. The unit keeps the run when ssh ends, lets
-        # the supervisor alone be asked to stop, when the machine is taken away too, and cannot be started twice.
+        # the supervisor alone be asked to stop, when the machine is taken away too, cannot be started twice, and may pin
+        # the memory that libtpu sends from.
         # shellcheck disable=SC2016 # $HOME and $PATH are the worker's
         script='export PATH="$HOME/stvdm/.venv/bin:$PATH"; exec stvdm supervise --grace-s=120'
         script="$script $(quoted --chip="$chip" -- "$@")"
         everywhere "cd stvdm && printf '%s\\n' $(quoted "$script") > start.sh && sudo systemd-run --unit=stvdm --collect \
 --uid=\"\$(id -u)\" --working-directory=\"\$PWD\" --property=KillMode=mixed --property=TimeoutStopSec=150 \
-/bin/bash \"\$PWD/start.sh\""
+--property=LimitMEMLOCK=infinity /bin/bash \"\$PWD/start.sh\""
         ;;
     logs) qr ssh "$name" --node=0 --worker=0 --command="sudo journalctl --unit=stvdm --lines=100 --follow" ;;
     stop) everywhere "sudo systemctl stop stvdm" ;;

@@ -190,7 +190,7 @@ def test_start_gives_every_word_to_the_supervisor_of_every_worker(machine, tmp_p
     subprocess.run(["bash", "-c", line], env=environment, cwd=home, check=True)
     _, unit = machine.argvs
     assert unit[:3] == ["sudo", "systemd-run", "--unit=stvdm"] and f"--uid={os.getuid()}" in unit
-    assert "--property=KillMode=mixed" in unit
+    assert "--property=KillMode=mixed" in unit and "--property=LimitMEMLOCK=infinity" in unit
     assert unit[-2:] == ["/bin/bash", str(home / "stvdm/start.sh")]
     subprocess.run(unit[-2:], env=environment, check=True)
     supervise = machine.argvs[-1]
