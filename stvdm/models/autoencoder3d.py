@@ -19,7 +19,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -31,6 +30,7 @@ import numpy as np
 from stvdm import shapes
 from stvdm.models import tiling
 from stvdm.models.causal_conv import CausalConv, RMSNorm, Triple
+from stvdm.models.context_parallel import attend_unsplit
 from stvdm.sharding import constrain
 
 Cache = dict[str, Any]  # the last inputs of the time convolutions; {} before the first chunk
@@ -437,9 +437,8 @@ class FrameAttention(nn.Module):
     def __call__(self, x_BTHWC: jax.Array) -> jax.Array:
         B, T, H, W, C = x_BTHWC.shape
         y = CausalConv(3 * C, (1, 1, 1), dtype=self.style.dtype, name="qkv")(RMSNorm(name="norm")(x_BTHWC))
-        q, k, v = jnp.split(y.reshape(B * T, H * W, 3 * C), 3, axis=-1)
-        scores = jnp.einsum("fnc,fmc->fnm", q, k, preferred_element_type=jnp.float32) / math.sqrt(C)
-        y = jnp.einsum("fnm,fmc->fnc", nn.softmax(scores).astype(v.dtype), v).reshape(B, T, H, W, C)
+        q, k, v = jnp.split(y.reshape(B * T, H * W, 1, 3 * C), 3, axis=-1)
+        y = attend_unsplit(q, k, v).reshape(B, T, H, W, C)
         return x_BTHWC + CausalConv(C, (1, 1, 1), dtype=self.style.dtype, zero=True, name="out")(y)
 
 
