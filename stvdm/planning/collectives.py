@@ -8,6 +8,7 @@ for collective in collectives_of(compiled.as_text(), mesh):
 from __future__ import annotations
 
 import collections
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -31,6 +32,9 @@ BETWEEN_SLICES = "between slices"  # the kind of what goes over the network of t
 
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _TYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "token": 0}
+
+_IOTA = r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
+_AXIS = r"'([^']+)'(?::\((\d+)\)(\d+))?"
 
 Counts = dict[tuple[str, tuple[str, ...]], tuple[int, float, bool]]  # (kind, axes) -> num, bytes, exact
 
@@ -128,18 +132,49 @@ def _array_bytes(kind: str, dimensions: str) -> float:
     return float(width * math.prod(int(n) for n in dimensions.split(",") if n))
 
 
+def _iota(said: re.Match[str]) -> np.ndarray:
+    """[2,4]<=[4,2]T(1,0): the numbers 0 to 7 as (4, 2), transposed, as (2, 4)."""
+    rows, order = ([int(n) for n in part.split(",")] for part in (said[1], said[2]))
+    ids = np.arange(math.prod(order)).reshape(order)
+    if said[3]:
+        ids = ids.transpose([int(n) for n in said[3].split(",")])
+    return ids.reshape(rows)
+
+
+def _groups_of_named_axes(mesh: str, order: str | None, among: str) -> list[list[int]]:
+    """mesh['a'=4,'b'=2] {'a':(1)2}: of a mesh of devices in order, those that differ along an axis or a part of it.
+
+    ``:(p)n`` is the part of size n after one of size p, counted from the slowest.
+    """
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
+    parts = [(name, int(before or 1), int(size or 0)) for name, before, size in re.findall(_AXIS, among)]
+    iota = re.match(_IOTA, order or "")
+    if not sizes or not parts or any(name not in sizes for name, _, _ in parts) or (order and not iota):
+        raise ValueError(f"groups of devices are told in a form that is not known here: {mesh!r} {order!r} {among!r}")
+    ids = _iota(iota) if iota else np.arange(math.prod(sizes.values()))
+    split: list[tuple[int, bool]] = []  # of each axis, or its parts: size, and whether a group runs along it
+    for name, size in sizes.items():
+        cuts = {1, size, *(cut for axis, before, n in parts if axis == name for cut in (before, before * (n or size)))}
+        for first, last in itertools.pairwise(sorted(cuts)):
+            inside = any(axis == name and before <= first and last <= before * (n or size) for axis, before, n in parts)
+            split.append((last // first, inside))
+    along = [axis for axis, (_, inside) in enumerate(split) if inside]
+    apart = [axis for axis, (_, inside) in enumerate(split) if not inside]
+    grid = ids.reshape([size for size, _ in split]).transpose([*apart, *along])
+    return grid.reshape(-1, math.prod(split[axis][0] for axis in along)).tolist()
+
+
 def _axes_of(line: str, mesh: Mesh) -> tuple[tuple[str, ...], int]:
     """(mesh axes a collective runs over, devices in one group)."""
     said = re.search(r"(replica_groups|source_target_pairs)=(.*)", line)
     text = said[2] if said else "{}"
-    iota = re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    iota = re.match(_IOTA, text)
     shape = tuple(mesh.shape.values())
+    named = re.match(r"mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))?\s*\{([^}]*)\}", text)
     if iota:
-        rows, order = ([int(n) for n in part.split(",")] for part in (iota[1], iota[2]))
-        ids = np.arange(math.prod(order)).reshape(order)
-        if iota[3]:
-            ids = ids.transpose([int(n) for n in iota[3].split(",")])
-        groups = ids.reshape(rows).tolist()
+        groups = _iota(iota).tolist()
+    elif named:
+        groups = _groups_of_named_axes(named[1], named[2], named[3])
     elif listed := re.match(r"\{(\{[\d,{}]*\})\}", text):
         groups = [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])]
     elif text.startswith("{}"):

@@ -168,8 +168,8 @@ def as_text(found: Found) -> str:
     larger = [name for name, chip in CHIPS.items() if chip.memory_gib * 2**30 >= least]
     of_those = "of those tried " if found.unseen else ""
     lines.append(
-        f"none {of_those}fits: the leanest {'' if sizes else 'state '}needs {gib(least)} of {gib(found.limit_bytes)} GiB "
-        f"a device. Take at least {math.ceil(least / found.limit_bytes)} times the devices"
+        f"none {of_those}fits: the leanest {'' if sizes else 'state '}needs {gib(least)} of {gib(found.limit_bytes)} "
+        f"GiB a device. Take at least {math.ceil(least / found.limit_bytes)} times the devices"
         + (f", or {' or '.join(larger)}" if larger else "")
         + ", or fewer frames or pixels."
     )

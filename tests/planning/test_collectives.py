@@ -51,6 +51,13 @@ def test_loops_are_multiplied_out():
         ("replica_groups=[4,2]<=[2,4]T(1,0)", ("data",), 2),
         ("replica_groups=[1,8]<=[8]", ("data", "fsdp"), 8),
         ("replica_groups={}", ("data", "fsdp"), 8),
+        ("replica_groups=mesh['axis_0'=8] {'axis_0'}, use_global_device_ids=true", ("data", "fsdp"), 8),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b'}, x=1", ("fsdp",), 4),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a'}", ("data",), 2),
+        ("replica_groups=mesh['a'=8] {'a':(2)4}", ("fsdp",), 4),
+        ("replica_groups=mesh['a'=8] {'a':(1)2}", ("data",), 2),
+        ("replica_groups=mesh['a'=8] {'a':(4)2}", ("fsdp",), 2),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([8]<=[2,4]T(1,0)) {'b'}", ("data",), 2),
         ("source_target_pairs={{0,1},{1,2},{2,3},{3,0}}", ("fsdp",), 2),
     ],
 )
@@ -121,4 +128,4 @@ def test_a_loop_without_its_number_of_turns_is_said():
 
 def test_groups_told_in_an_unknown_way_are_refused():
     with pytest.raises(ValueError, match="not known here"):
-        collective("%x = f32[16] all-reduce(%a), replica_groups=mesh['x'=8]{'x'}")
+        collective("%x = f32[16] all-reduce(%a), replica_groups=tuples(8)")
