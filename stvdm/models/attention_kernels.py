@@ -380,7 +380,7 @@ class _SplashCall:
         touched = self._pattern.touches(q_first, q_first + self._q_block - 1, k_first, k_first + self._k_block - 1)
         axis = 0 if by_key else 1
         shape = (q_first.shape[0], k_first.shape[1])
-        which = np.broadcast_to(np.expand_dims(np.arange(shape[axis], dtype=np.int32), 1 - axis), shape)
+        which: Any = np.broadcast_to(np.expand_dims(np.arange(shape[axis], dtype=np.int32), 1 - axis), shape)
         touched = touched | (which < 0)  # of the full shape
         if isinstance(touched, np.ndarray):
             order = np.argsort(~touched, axis=axis, kind="stable")
@@ -394,7 +394,7 @@ class _SplashCall:
         return self._masks.MaskInfo(which.astype(small)[None], None, jnp.asarray(touched, jnp.int8)[None], None, code)
 
 
-def _code(pattern: Pattern, query: jax.Array, key_start: Any, num_keys: int) -> jax.Array:
+def _code(pattern: Pattern, query: jax.Array, key_start: Any, num_keys: int) -> Any:
     """The one number that the kernel carries for a query: as much of its answer as can be said before it meets keys.
 
     The kernel numbers its keys from 0. Where a query sees a run of keys that is the end, or the start, of that run;
