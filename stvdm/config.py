@@ -288,8 +288,11 @@ def _dit_problems(config: ConfigDict) -> Iterator[str]:
             f"model.num_layers={model.num_layers}: expected a multiple of {len(model.attention)}, "
             f"the cycle of model.attention={tuple(model.attention)}."
         )
-    if config.text.width % config.text.num_heads:
-        yield f"text.width={config.text.width}: expected a multiple of text.num_heads={config.text.num_heads}."
+    if config.text.width % (2 * config.text.num_heads):
+        yield (
+            f"text.width={config.text.width}: expected a multiple of 2 * text.num_heads={2 * config.text.num_heads}; "
+            "rotary positions need an even head width."
+        )
     for where, size in (
         ("model.num_heads", model.num_heads),
         ("model.mlp_width", model.mlp_width),

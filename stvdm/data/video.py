@@ -222,6 +222,33 @@ def contact_sheet(
     return sheet
 
 
+def side_by_side(
+    videos: Sequence[np.ndarray], captions: Sequence[str], *, columns: int = 4, min_side: int = 128
+) -> np.ndarray:
+    """One video of many clips of one shape, in rows of ``columns``, each with its caption above: for `write_gif`."""
+    if len(videos) != len(captions) or len({video.shape for video in videos}) != 1:
+        raise ValueError(
+            f"{len(videos)} videos of shapes {sorted({video.shape for video in videos})} and {len(captions)} captions: "
+            "expected videos of one shape, and a caption for each."
+        )
+    gap, font = 6, ImageFont.load_default(12)
+    clips = [enlarge(video, min_side) for video in videos]
+    num_frames, height, width, _ = clips[0].shape
+    lines = [textwrap.wrap(caption, max(10, width // 7)) or [""] for caption in captions]
+    above = 15 * max(map(len, lines))
+    rows = -(-len(clips) // columns)
+    sheet = Image.new("RGB", (gap + columns * (width + gap), gap + rows * (above + height + gap)), "white")
+    corners = [
+        (gap + i % columns * (width + gap), gap + i // columns * (above + height + gap)) for i in range(len(clips))
+    ]
+    for (x, y), words in zip(corners, lines, strict=True):
+        ImageDraw.Draw(sheet).multiline_text((x, y), "\n".join(words), fill="black", font=font, spacing=1)
+    frames = np.repeat(np.asarray(sheet)[None], num_frames, axis=0)
+    for (x, y), clip in zip(corners, clips, strict=True):
+        frames[:, y + above : y + above + height, x : x + width] = clip
+    return frames
+
+
 def enlarge(video_THWC: np.ndarray, min_side: int) -> np.ndarray:
     """Repeat pixels by the whole factor that brings the shorter side nearest to `min_side`; never shrinks."""
     factor = max(1, round(min_side / min(video_THWC.shape[1:3])))

@@ -105,10 +105,6 @@ def _window_matrix(size: int) -> np.ndarray:
     return matrix
 
 
-def _change_energy(video_BTHWC: jax.Array) -> jax.Array:
-    return jnp.mean(jnp.square(_differences(video_BTHWC)), axis=(1, 2, 3, 4))
-
-
 def _differences(video_BTHWC: jax.Array) -> jax.Array:
     if video_BTHWC.shape[1] < 2:
         raise ValueError(f"num_frames={video_BTHWC.shape[1]}: flicker is change over time, so use at least 2 frames.")

@@ -44,7 +44,8 @@ def main(
 ) -> dict[str, Any]:
     """Evaluates a checkpoint (None: the bundled model) and writes the result with all its conditions.
 
-    Beside ``output``, with the suffix .png, lies a contact sheet of the first 16 generated clips.
+    Beside ``output``, with the suffixes .png and .gif, lie a contact sheet of the first 16 generated clips and the
+    clips themselves, moving side by side.
 
     Raises:
       ValueError: if the model was not trained on kinetic shapes' captions.
@@ -94,9 +95,12 @@ def main(
     }
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     Path(output).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    from stvdm.data.video import contact_sheet
+    from stvdm.data import video
 
-    contact_sheet(list(result.videos[:16]), prompts[:16]).save(Path(output).with_suffix(".png"))
+    shown, captions = list(result.videos[:16]), prompts[:16]
+    video.contact_sheet(shown, captions).save(Path(output).with_suffix(".png"))
+    moving = video.side_by_side(shown, captions, min_side=96)
+    video.write_gif(Path(output).with_suffix(".gif"), moving, fps=pipeline.fps, min_side=1)
     print(as_text(report))
     return report
 

@@ -97,9 +97,12 @@ def split_axes(width: int) -> Size3:
     return width - 2 * space, space, space
 
 
-def rotary_turns(place_N3: jax.Array, head_width: int, *, theta: float = 1e4) -> Turns:
-    """The turns for `rotate`: pair i of an axis that has n pairs turns by place * theta^(-i/n)."""
-    angle_Nr = _angles(place_N3, head_width, theta)
+def rotary_turns(place_NX: jax.Array, head_width: int, *, theta: float = 1e4) -> Turns:
+    """The turns for `rotate`: pair i of an axis that has n pairs turns by place * theta^(-i/n).
+
+    X is 3 for tokens of a clip, which share the head out by `split_axes`, or 1 for words.
+    """
+    angle_Nr = _angles(place_NX, head_width, theta)
     sin_Nr = jnp.sin(angle_Nr)
     cos_Nd = jnp.repeat(jnp.cos(angle_Nr), 2, axis=-1)
     return cos_Nd, jnp.stack([-sin_Nr, sin_Nr], axis=-1).reshape(cos_Nd.shape)
@@ -118,8 +121,9 @@ def sincos_places(place_N3: jax.Array, width: int, *, theta: float = 1e4) -> jax
     return jnp.concatenate([jnp.cos(angle_Nr), jnp.sin(angle_Nr)], axis=-1)
 
 
-def _angles(place_N3: jax.Array, width: int, theta: float) -> jax.Array:
-    per_axis = [place_N3[:, axis, None] * _frequencies(n // 2, theta) for axis, n in enumerate(split_axes(width))]
+def _angles(place_NX: jax.Array, width: int, theta: float) -> jax.Array:
+    widths = split_axes(width) if place_NX.shape[1] == 3 else (width,)
+    per_axis = [place_NX[:, axis, None] * _frequencies(n // 2, theta) for axis, n in enumerate(widths)]
     return jnp.concatenate(per_axis, axis=-1)
 
 

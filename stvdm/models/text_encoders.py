@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Captions as features: a word tokenizer and a small encoder that is trained together with the model.
 
-    text_BSE = LayerNorm(Block(... Block(words + positions)))         pre-norm blocks, every word sees every word
+    text_BSE = LayerNorm(Block(... Block(words)))       pre-norm blocks, every word sees every word, rotary positions
+
+Which words belong together is most of what a caption says ("a red ball ... and a blue square ..."). Two choices here
+decide how soon that is learned, if at all: positions are rotary, so that "the next word" is the same thing everywhere
+in a caption, and words start at unit variance, so that a first block's average over the caption does not drown them.
 
 Whatever turns captions into (text_BSE, mask_BS) can condition a DiT; frozen T5, UMT5 and CLIP towers with their
 own tokenizers belong in this file, beside these two.
@@ -24,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stvdm.models import embeddings
 from stvdm.models.attention import cross_attention
 from stvdm.models.linear import linear
 from stvdm.sharding import constrain, partitioned
@@ -104,14 +109,15 @@ class TextEncoder(nn.Module):
         E, num_tokens = self.width, tokens_BS.shape[1]
         if num_tokens > self.max_tokens:
             raise ValueError(f"{num_tokens} tokens: this encoder reads at most max_tokens={self.max_tokens}.")
-        if E % self.num_heads:
-            raise ValueError(f"width={E}: use a multiple of num_heads={self.num_heads}.")
-        normal = nn.initializers.normal(0.02)
-        words_VE = self.param("words", partitioned(normal, "vocab", "width"), (self.vocabulary_size, E))
-        places_SE = self.param("places", partitioned(normal, None, "width"), (self.max_tokens, E))
-        text_BSE = jnp.asarray(words_VE)[tokens_BS] + places_SE[:num_tokens]
+        if E % (2 * self.num_heads):
+            raise ValueError(f"width={E}: use a multiple of 2 * num_heads={2 * self.num_heads}; positions turn pairs.")
+        words_VE = self.param(
+            "words", partitioned(nn.initializers.normal(1.0), "vocab", "width"), (self.vocabulary_size, E)
+        )
+        text_BSE = jnp.asarray(words_VE)[tokens_BS]
+        turns = embeddings.rotary_turns(jnp.arange(num_tokens, dtype=jnp.float32)[:, None], E // self.num_heads)
         for layer in range(self.num_layers):
-            text_BSE = TextBlock(self.num_heads, name=f"block_{layer}")(text_BSE, mask_BS)
+            text_BSE = TextBlock(self.num_heads, name=f"block_{layer}")(text_BSE, mask_BS, turns)
         return _norm("norm")(text_BSE) * mask_BS[..., None]
 
 
@@ -121,7 +127,7 @@ class TextBlock(nn.Module):
     num_heads: int
 
     @nn.compact
-    def __call__(self, text_BSE: jax.Array, mask_BS: jax.Array) -> jax.Array:
+    def __call__(self, text_BSE: jax.Array, mask_BS: jax.Array, turns: embeddings.Turns) -> jax.Array:
         (B, S, E), A = text_BSE.shape, self.num_heads
         y_BSE = _norm("attention_norm")(text_BSE)
         q, k, v = (
@@ -130,6 +136,7 @@ class TextBlock(nn.Module):
             )
             for name in ("query", "key", "value")
         )
+        q, k = embeddings.rotate(q, turns), embeddings.rotate(k, turns)
         y_BSE = cross_attention(q, k, v, mask_BS).reshape(B, S, E)
         text_BSE = text_BSE + linear(E, "heads", "width", name="out")(y_BSE)
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from stvdm.data import video as video_files
-from stvdm.data.video import BadVideo, Limits, contact_sheet, probe, read_video, write_gif, write_mp4
+from stvdm.data.video import BadVideo, Limits, contact_sheet, probe, read_video, side_by_side, write_gif, write_mp4
 
 CLIPS = [
     *"h264.mp4 h264_b_frames.mkv h264_odd.mkv h264_25fps.mov hevc.mp4 hevc_10bit.mkv vp9_odd.webm".split(),
@@ -183,6 +183,22 @@ def test_gif_keeps_pixels_and_running_time(tmp_path, coded):
             durations.append(gif.info["duration"])
             np.testing.assert_array_equal(np.asarray(gif.convert("RGB"))[::2, ::2], video[k])
     assert sum(durations) == pytest.approx(9 / 8 * 1000, abs=10)
+
+
+def test_clips_side_by_side_move_each_in_its_place():
+    clips = [np.full((3, 32, 48, 3), 10 * i, np.uint8) for i in range(5)]
+    clips[4][1] = 200
+    together = side_by_side(
+        clips, ["red", "green", "blue", "", "a much longer caption than the others have here"], columns=2
+    )
+    assert together.shape[0] == 3
+    assert together.shape[2] == 6 + 2 * (48 * 4 + 6)
+    changed = np.argwhere((together[1] != together[0]).any(-1))
+    assert changed[:, 1].max() < 6 + 48 * 4 and len(changed) == 128 * 192, "only the fifth clip changes, in its place"
+    with pytest.raises(ValueError, match="a caption for each"):
+        side_by_side(clips, ["one"])
+    with pytest.raises(ValueError, match="of one shape"):
+        side_by_side([clips[0], clips[0][:2]], ["one", "two"])
 
 
 def test_contact_sheet_has_the_frames_and_the_words(coded):

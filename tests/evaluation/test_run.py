@@ -20,7 +20,6 @@ def kinetic_model(tiny_model, tmp_path):
     words = collect_words(sample_scene(0, i, split="test").caption for i in range(40))
     random, (_, width) = np.random.default_rng(1), params["text"]["words"].shape
     params["text"]["words"] = random.normal(size=(len(words) + 3, width)).astype(np.float32)
-    params["text"]["places"] = random.normal(size=(48, width)).astype(np.float32)
     description["config"]["text"].update(words=list(words), max_tokens=48)
     checkpoint.save_model(tmp_path / "kinetic", params, description)
     return tmp_path / "kinetic"
@@ -36,6 +35,7 @@ def test_a_model_of_noise_is_told_apart_from_real_clips(kinetic_model, tmp_path,
     assert cells["generated"]["mean"] == 0.0
     assert cells["generated"]["num"] == 5
     assert (tmp_path / "out" / "results.png").exists()
+    assert (tmp_path / "out" / "results.gif").exists()
     assert "all_right" in capsys.readouterr().out
 
 

@@ -5,6 +5,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from stvdm.models.text_encoders import TextEncoder, WordTokenizer, collect_words
@@ -79,6 +80,54 @@ def test_every_word_hears_every_word_and_their_order(encoder):
     assert jnp.abs(text - swapped)[0, 0].max() > 1e-3, "'red left of blue' is not 'blue left of red'"
 
 
+def test_it_learns_which_words_belong_together():
+    """ "red grows and blue sinks": from the feature of a colour, what that colour does. A bag of words knows half."""
+    random = np.random.default_rng(0)
+    colours, deeds, fillers = np.arange(3, 9), np.arange(9, 15), np.arange(15, 18)
+    encoder = TextEncoder(vocabulary_size=18, width=32, num_layers=2, num_heads=2, max_tokens=12)
+
+    def captions(num):
+        tokens, where, does = np.zeros((num, 12), np.int32), np.zeros(num, int), np.zeros(num, int)
+        shuffled_colours, shuffled_deeds = (
+            random.permuted(np.tile(some, (num, 1)), axis=1) for some in (colours, deeds)
+        )
+        for row in range(num):
+            words, asked = [1], random.integers(2)
+            for i in range(2):
+                colour, deed = shuffled_colours[row, i], shuffled_deeds[row, i]
+                words += [*random.choice(fillers, random.integers(0, 3)), colour, random.choice(fillers), deed]
+                if i == asked:
+                    where[row], does[row] = words.index(colour), deed - deeds[0]
+            tokens[row, : len(words)] = words
+        return tokens, where, does
+
+    def logits(params, tokens, where):
+        text = encoder.apply({"params": params["encoder"]}, tokens, tokens != 0)
+        return text[jnp.arange(len(tokens)), where] @ params["head"]
+
+    def loss(params, tokens, where, does):
+        return optax.softmax_cross_entropy_with_integer_labels(logits(params, tokens, where), does).mean()
+
+    @jax.jit
+    def step(params, state, batch):
+        grads = jax.grad(loss)(params, *batch)
+        updates, state = optimizer.update(grads, state)
+        return optax.apply_updates(params, updates), state
+
+    tokens, where, does = captions(4_000)
+    params = {
+        "encoder": nn.unbox(encoder.init(jax.random.key(0), tokens[:1], tokens[:1] != 0))["params"],
+        "head": jnp.zeros((32, len(deeds))),
+    }
+    optimizer = optax.adam(3e-3)
+    state = optimizer.init(params)
+    for _ in range(400):
+        rows = random.integers(3_200, size=64)
+        params, state = step(params, state, (tokens[rows], where[rows], does[rows]))
+    right = logits(params, tokens[3_200:], where[3_200:]).argmax(-1) == does[3_200:]
+    assert right.mean() > 0.9
+
+
 def test_errors_teach(encoder):
     with pytest.raises(ValueError, match=r"change \['Ball', 'a b'\]"):
         WordTokenizer(("a", "Ball", "a b"), max_tokens=3)
@@ -88,5 +137,5 @@ def test_errors_teach(encoder):
         WordTokenizer(("a",), max_tokens=0)
     with pytest.raises(ValueError, match="7 tokens.*max_tokens=6"):
         encoder(jnp.zeros((1, 7), jnp.int32), jnp.ones((1, 7), bool))
-    with pytest.raises(ValueError, match="width=10.*num_heads=3"):
+    with pytest.raises(ValueError, match="width=10.*num_heads=6"):
         TextEncoder(5, 10, 1, 3, 4).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32), jnp.ones((1, 4), bool))
