@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The transformer of the bundled model: clips of 17x32x32 as 80 tokens, text by cross-attention, full attention.
 
-Two CPU cores, about 80 minutes when idle; what it reached is in stvdm/bundled/README.md.
+Two CPU cores, 88 minutes with little else running; what it reached is in stvdm/bundled/README.md.
 
     stvdm train autoencoder --config=configs/autoencoder_kinetic.py --workdir=runs/autoencoder
     stvdm preprocess --config=configs/autoencoder_kinetic.py --checkpoint=runs/autoencoder --out=runs/latents \
@@ -47,7 +47,7 @@ def get_config(variant: str = "full") -> ConfigDict:
     config.model.num_layers = 6
     config.model.num_heads = 4
     config.model.mlp_width = 512
-    config.model.scan_layers = False  # six layers written out take a tenth less time on two cores
+    config.model.scan_layers = False  # six layers written out take less time on two cores
     config.text.width = 128
     config.text.num_layers = 2
     config.text.max_tokens = 40

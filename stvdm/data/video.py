@@ -15,6 +15,7 @@ guess of FFmpeg's. Images (PNG, JPEG, WebP) are videos of one frame.
 
 import contextlib
 import dataclasses
+import functools
 import io
 import math
 import os
@@ -186,8 +187,11 @@ def write_mp4(path: str | os.PathLike, video_THWC: np.ndarray, *, fps: float, mi
 
 
 def write_gif(path: str | os.PathLike, video_THWC: np.ndarray, *, fps: float, min_side: int = 128) -> None:
-    """An endless GIF, each frame with its own 256 colours."""
-    frames = [Image.fromarray(frame).quantize(256, dither=Image.Dither.NONE) for frame in enlarge(video_THWC, min_side)]
+    """An endless GIF, each frame with its own 256 colours, chosen so that what is small keeps its colour too."""
+    few = functools.partial(
+        Image.Image.quantize, colors=256, method=Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE
+    )
+    frames = [few(Image.fromarray(frame)) for frame in enlarge(video_THWC, min_side)]
     # GIF counts hundredths of a second: round the running time, not the steps, so that the length stays right.
     ticks = np.round(np.arange(len(frames) + 1) * 100 / fps).astype(int)
     frames[0].save(
@@ -234,18 +238,21 @@ def side_by_side(
     gap, font = 6, ImageFont.load_default(12)
     clips = [enlarge(video, min_side) for video in videos]
     num_frames, height, width, _ = clips[0].shape
-    lines = [textwrap.wrap(caption, max(10, width // 7)) or [""] for caption in captions]
-    above = 15 * max(map(len, lines))
-    rows = -(-len(clips) // columns)
-    sheet = Image.new("RGB", (gap + columns * (width + gap), gap + rows * (above + height + gap)), "white")
-    corners = [
-        (gap + i % columns * (width + gap), gap + i // columns * (above + height + gap)) for i in range(len(clips))
-    ]
-    for (x, y), words in zip(corners, lines, strict=True):
-        ImageDraw.Draw(sheet).multiline_text((x, y), "\n".join(words), fill="black", font=font, spacing=1)
+    words = [textwrap.wrap(caption, max(10, width // 7)) or [""] for caption in captions]
+    starts = range(0, len(clips), columns)
+    above = [15 * max(map(len, words[start : start + columns])) for start in starts]  # of each row
+    bottom = gap + sum(above) + len(above) * (height + gap)
+    sheet = Image.new("RGB", (gap + columns * (width + gap), bottom), "white")
+    draw, y, corners = ImageDraw.Draw(sheet), gap, []
+    for start, room in zip(starts, above, strict=True):
+        for column, lines in enumerate(words[start : start + columns]):
+            x = gap + column * (width + gap)
+            draw.multiline_text((x, y + room - 15 * len(lines)), "\n".join(lines), fill="black", font=font, spacing=1)
+            corners.append((x, y + room))
+        y += room + height + gap
     frames = np.repeat(np.asarray(sheet)[None], num_frames, axis=0)
     for (x, y), clip in zip(corners, clips, strict=True):
-        frames[:, y + above : y + above + height, x : x + width] = clip
+        frames[:, y : y + height, x : x + width] = clip
     return frames
 
 

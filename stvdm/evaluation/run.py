@@ -99,7 +99,7 @@ def main(
 
     shown, captions = list(result.videos[:16]), prompts[:16]
     video.contact_sheet(shown, captions).save(Path(output).with_suffix(".png"))
-    moving = video.side_by_side(shown, captions, min_side=96)
+    moving = video.side_by_side(shown, captions)
     video.write_gif(Path(output).with_suffix(".gif"), moving, fps=pipeline.fps, min_side=1)
     print(as_text(report))
     return report

@@ -185,6 +185,19 @@ def test_gif_keeps_pixels_and_running_time(tmp_path, coded):
     assert sum(durations) == pytest.approx(9 / 8 * 1000, abs=10)
 
 
+def test_gif_keeps_the_colour_of_small_things(tmp_path):
+    ramp = np.linspace(0, 255, 512)[:, None, None] * np.ones((1, 512, 3)) * np.linspace(0.8, 1, 512)[:, None]
+    frame = np.clip(ramp + np.random.default_rng(0).normal(0, 4, ramp.shape), 0, 255).astype(np.uint8)
+    for i, colour in enumerate(
+        COLOURS := [(230, 210, 40), (40, 210, 220), (210, 40, 40), (50, 60, 230), (220, 50, 210)]
+    ):
+        frame[40 * i : 40 * i + 12, :12] = colour
+    write_gif(tmp_path / "out.gif", frame[None].repeat(2, axis=0), fps=8, min_side=1)
+    shown = np.asarray(Image.open(tmp_path / "out.gif").convert("RGB")).astype(int)
+    for i, colour in enumerate(COLOURS):
+        assert np.abs(shown[40 * i + 5, 5] - colour).max() < 25
+
+
 def test_clips_side_by_side_move_each_in_its_place():
     clips = [np.full((3, 32, 48, 3), 10 * i, np.uint8) for i in range(5)]
     clips[4][1] = 200
