@@ -29,7 +29,7 @@ import shlex
 import sys
 import textwrap
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,46 +96,6 @@ def parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     _add_data(commands)
     return root
-
-
-def load_config(spec: str, overrides: Sequence[str] = ()) -> "ConfigDict":
-    """The locked config of `FILE.py` or `FILE.py:variant` with overrides like `--config.model.width=512`.
-
-    Files, variants and overrides are read by `ml_collections.config_flags`; here only its refusals are made legible.
-
-    Raises:
-      FileNotFoundError: no such file.
-      ValueError: a key that is not in the config (near ones are named), or a value of the wrong type.
-    """
-    from absl import flags
-    from ml_collections import config_flags
-
-    path = spec.split(":", 1)[0]
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"--config={spec}: there is no file {path}; shipped ones are in configs/")
-
-    def parse(*arguments: str) -> "ConfigDict":
-        argv = ["stvdm", f"--config={spec}", *arguments]
-        values = flags.FlagValues()
-        config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
-        values(argv)
-        return values.config
-
-    try:
-        config = parse()
-    except flags.Error as error:  # the config file raised ValueError, e.g. for an unknown variant: say just that
-        raise ValueError(f"--config={spec}: {_innermost(error)}") from error
-    known = sorted(_keys(config))
-    for override in overrides:
-        key = re.sub(r"^--?(no)?config\.", "", override.split("=", 1)[0])
-        if key not in known:
-            raise ValueError(f"--config.{key}: {path} has no such key; {_nearest(key, known)}")
-    try:
-        config = parse(*overrides)
-    except (flags.Error, TypeError) as error:
-        raise ValueError(str(error)) from error
-    flags.FLAGS.mark_as_parsed()  # Grain's worker processes ask absl, and absl is not what parsed our command line
-    return config
 
 
 # ------------------------------------------------------------------------------------------------------------ generate
@@ -264,7 +224,9 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _config_of_kind(args: argparse.Namespace, kind: str) -> "ConfigDict":
-    config = load_config(args.config, args.overrides)
+    from stvdm import config as config_lib
+
+    config = config_lib.load(args.config, args.overrides)
     if config.kind != kind:
         raise ValueError(
             f"--config={args.config}: this config is for {config.kind!r}: expected one for {kind!r}, "
@@ -334,7 +296,9 @@ def _add_preprocess(commands: Any) -> None:
 
 
 def _preprocess(args: argparse.Namespace) -> None:
-    config = load_config(args.config, args.overrides)
+    from stvdm import config as config_lib
+
+    config = config_lib.load(args.config, args.overrides)
     folder = Path(args.checkpoint or (config.autoencoder if config.kind == "dit" else ""))
     if folder == Path():
         raise ValueError(
@@ -435,7 +399,19 @@ def _add_plan(commands: Any) -> None:
 def _plan(args: argparse.Namespace) -> None:
     # Before JAX starts: the compiler for TPUs beside a CPU, without asking around for a TPU that is not there.
     os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
-    from stvdm.planning import report
+    from stvdm import config as config_lib
+    from stvdm.planning import report, search
+    from stvdm.planning.planner import Planner
+
+    def planner(spec: str) -> Planner:
+        config = config_lib.load(spec, args.overrides)
+        return Planner(config, autoencoder=args.autoencoder, topology=args.topology, num_slices=args.slices)
+
+    def show(plan: dict[str, Any]) -> None:
+        print(json.dumps(plan, indent=2) if args.json else report.as_text(plan, price=args.price))
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
 
     if args.variants:
         variants = runpy.run_path(args.config).get("VARIANTS")
@@ -443,94 +419,21 @@ def _plan(args: argparse.Namespace) -> None:
             raise ValueError(f"--variants: {args.config} lists none in VARIANTS, so plan it without.")
         made = {}
         for name in variants:
-            print(f"compiling {name}", file=sys.stderr, flush=True)
-            planner = _Planner(load_config(f"{args.config}:{name}", args.overrides), args, compiles=True)
-            made[name] = planner.ask()
+            say(f"compiling {name}")
+            made[name] = planner(f"{args.config}:{name}").compiled()
         print(json.dumps(made, indent=2) if args.json else report.as_table(made))
-        return
-    planner = _Planner(
-        load_config(args.config, args.overrides),
-        args,
-        compiles=args.compile or args.search or args.topology is not None,
-    )
-    if args.search:
-        _search(args, planner)
-        return
-    plan = planner.ask()
-    print(json.dumps(plan, indent=2) if args.json else report.as_text(plan, price=args.price))
-
-
-class _Planner:
-    """Plans of a config and of its edits, made or from the cache."""
-
-    def __init__(self, config: "ConfigDict", args: argparse.Namespace, *, compiles: bool) -> None:
-        self.config, self.compiles = config, compiles
-        self.topology, self.num_slices = args.topology or config.topology, args.slices or config.num_slices
-        if compiles and not self.topology:
-            raise ValueError(f"{args.config} names no slice to compile for: add one, e.g. --topology=v5p:4x4x4")
-        self._autoencoder = _autoencoder_settings(config, args.autoencoder)
-
-    def ask(self, edited: "ConfigDict | None" = None, *, compiles: bool | None = None) -> dict[str, Any]:
-        from stvdm.planning import cache
-
-        config = self.config if edited is None else edited
-        where = (self.topology, self.num_slices) if (self.compiles if compiles is None else compiles) else (None, 1)
-
-        def make() -> dict[str, Any]:
-            from stvdm.planning import plan
-
-            return plan.make(config, self._autoencoder, topology=where[0], num_slices=where[1])
-
-        return cache.answer({"config": config.to_dict(), "autoencoder": self._autoencoder, "where": where}, make)
-
-
-def _search(args: argparse.Namespace, planner: _Planner) -> None:
-    from stvdm.planning import chips, report, search
-
-    def flops(remat: str) -> float:
-        edited = planner.config.copy_and_resolve_references()
-        edited.model.remat = remat
-        return sum(planner.ask(edited, compiles=False)["step_flops"].values())
-
-    outline = planner.ask(compiles=False)
-    found = search.search(
-        planner.config,
-        outline,
-        chip=chips.CHIPS[chips.chip_of(planner.topology)],
-        num_devices=chips.num_devices(planner.topology, num_slices=planner.num_slices),
-        num_slices=planner.num_slices,
-        ask=lambda edited: planner.ask(edited)["compiled"],
-        flops=flops,
-        tries=args.tries,
-        say=lambda text: print(text, file=sys.stderr, flush=True),
-    )
-    best = found.best and planner.ask(search.edited(planner.config, found.best.mesh, found.best.rung))
-    if args.json:
-        print(json.dumps({**(best or outline), "search": found.to_json()}, indent=2))
-        return
-    print(report.as_text(outline))
-    print(search.as_text(found))
-    if best:
-        print(report.as_text(best, price=args.price))
-
-
-def _autoencoder_settings(config: "ConfigDict", named: str | None) -> dict[str, Any]:
-    """The settings of a run's autoencoder: its own, or those of a config file, a run or an exported model."""
-    if config.kind == "autoencoder":
-        return config.model.to_dict()
-    named = named or config.autoencoder
-    if named.partition(":")[0].endswith(".py"):
-        return load_config(named).model.to_dict()
-    from etils import epath
-
-    folder = epath.Path(named).expanduser()
-    described = [path for path in (folder / "model" / "model.json", folder / "model.json") if path.exists()]
-    if not described:
-        raise FileNotFoundError(
-            f"autoencoder={named!r}: expected a run or a model there, or a config file; name one with --autoencoder, "
-            "e.g. --autoencoder=configs/autoencoder_kinetic.py"
-        )
-    return json.loads(described[0].read_text())["autoencoder"]
+    elif args.search:
+        asked = planner(args.config)
+        found = asked.search(tries=args.tries, say=say)
+        plan = asked.compiled(search.edited(asked.config, found.best.mesh, found.best.rung)) if found.best else None
+        if args.json:
+            print(json.dumps({**(plan or asked.outline()), "search": found.to_json()}, indent=2))
+        else:
+            print(search.as_text(found))
+            show(plan or asked.outline())
+    else:
+        asked = planner(args.config)
+        show(asked.compiled() if args.compile or args.topology else asked.outline())
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -661,26 +564,6 @@ def _flags_of(argv: Sequence[str]) -> Iterator[str]:
                 break
     for action in found._actions:
         yield from (option for option in action.option_strings if option.startswith("--"))
-
-
-def _nearest(key: str, known: Sequence[str]) -> str:
-    """A key that stands elsewhere under the same name, else those spelled alike, else all."""
-    elsewhere = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-    near = elsewhere or difflib.get_close_matches(key, known, n=2, cutoff=0.7)
-    return f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(known)}"
-
-
-def _innermost(error: BaseException) -> BaseException:
-    while error.__context__ is not None:
-        error = error.__context__
-    return error
-
-
-def _keys(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in config.items():
-        yield prefix + key
-        if isinstance(value, Mapping) or hasattr(value, "items"):
-            yield from _keys(value, f"{prefix}{key}.")
 
 
 def _plain(value: Any) -> Any:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Base configs, with every key, its unit and its meaning, and `validate`, which reports all problems at once.
+"""Base configs, with every key, its unit and its meaning; `load`, which reads one of `configs/`; `validate`, which
+reports all problems at once.
 
 A config is a story: a function in ``configs/`` that edits one of these bases and returns it.
 
@@ -11,9 +12,12 @@ A config is a story: a function in ``configs/`` that edits one of these bases an
 
 from __future__ import annotations
 
+import difflib
 import math
+import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -87,6 +91,46 @@ def dit() -> ConfigDict:
         previews=("a red ball bounces to the right", "a blue square grows"),
     )
     return config.lock()
+
+
+def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """The locked config of `FILE.py` or `FILE.py:variant` with overrides like `--config.model.width=512`.
+
+    Files, variants and overrides are read by `ml_collections.config_flags`; here only its refusals are made legible.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: a key that is not in the config (near ones are named), or a value of the wrong type.
+    """
+    from absl import flags
+    from ml_collections import config_flags
+
+    path = spec.split(":", 1)[0]
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--config={spec}: there is no file {path}; shipped ones are in configs/")
+
+    def parse(*arguments: str) -> ConfigDict:
+        argv = ["stvdm", f"--config={spec}", *arguments]
+        values = flags.FlagValues()
+        config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+        values(argv)
+        return values.config
+
+    try:
+        config = parse()
+    except flags.Error as error:  # the config file raised ValueError, e.g. for an unknown variant: say just that
+        raise ValueError(f"--config={spec}: {_innermost(error)}") from error
+    known = sorted(_keys(config))
+    for override in overrides:
+        key = re.sub(r"^--?(no)?config\.", "", override.split("=", 1)[0])
+        if key not in known:
+            raise ValueError(f"--config.{key}: {path} has no such key; {_nearest(key, known)}")
+    try:
+        config = parse(*overrides)
+    except (flags.Error, TypeError) as error:
+        raise ValueError(str(error)) from error
+    flags.FLAGS.mark_as_parsed()  # Grain's worker processes ask absl, and absl is not what parsed our command line
+    return config
 
 
 def validate(config: ConfigDict) -> ConfigDict:
@@ -319,3 +363,23 @@ def _without_effect(config: ConfigDict) -> Iterator[str]:
         yield f"flow.mean={flow.mean}, flow.std={flow.std} have no effect: flow.density='uniform'."
     if sample.guidance == 1 and (tuple(sample.guidance_interval), sample.guidance_rescale) != ((0.0, 1.0), 0.0):
         yield "sample.guidance_interval and sample.guidance_rescale have no effect: sample.guidance=1 is no guidance."
+
+
+def _nearest(key: str, known: Sequence[str]) -> str:
+    """A key that stands elsewhere under the same name, else those spelled alike, else all."""
+    elsewhere = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    near = elsewhere or difflib.get_close_matches(key, known, n=2, cutoff=0.7)
+    return f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(known)}"
+
+
+def _innermost(error: BaseException) -> BaseException:
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
+
+
+def _keys(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in config.items():
+        yield prefix + key
+        if isinstance(value, Mapping) or hasattr(value, "items"):
+            yield from _keys(value, f"{prefix}{key}.")

@@ -62,6 +62,7 @@ LADDER = """
     planning.collectives
     planning.plan
     planning.search
+    planning.planner
     ablations
     demo
     cli

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from stvdm import cli
+from stvdm import config as config_lib
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -77,7 +78,7 @@ def test_every_command_is_one(name, command):
 def test_every_config_of_a_command_loads(name, command, monkeypatch):
     monkeypatch.chdir(ROOT)
     args, overrides = cli.parser().parse_known_args(shlex.split(command)[1:])
-    config = cli.load_config(args.config, overrides)
+    config = config_lib.load(args.config, overrides)
     assert args.command != "train" or config.kind == args.stage
 
 

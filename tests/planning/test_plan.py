@@ -136,8 +136,9 @@ def test_the_command_prints_tables_and_json(tmp_path, capsys, monkeypatch):
 
 def test_a_search_needs_a_slice(capsys, monkeypatch):
     monkeypatch.setattr(cli.os, "environ", dict(cli.os.environ))
-    assert cli.main(["plan", "--config=configs/dit_kinetic.py", "--search"]) == 2
-    assert "names no slice to compile for: add one, e.g. --topology=v5p:4x4x4" in capsys.readouterr().err
+    coder = "--autoencoder=configs/autoencoder_kinetic.py"
+    assert cli.main(["plan", "--config=configs/dit_kinetic.py", coder, "--search"]) == 2
+    assert "expected a slice to compile for, so add one, e.g. --topology=v5p:4x4x4" in capsys.readouterr().err
 
 
 def test_a_file_without_variants_is_refused(tmp_path, capsys, monkeypatch):

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans of one config and of its edits, made or from the cache: what `stvdm plan` asks.
+
+planner = Planner(config, topology="v5p:4x4x4")
+print(report.as_text(planner.compiled()))
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from stvdm import config as base
+from stvdm.planning import cache, chips
+from stvdm.planning import search as search_lib
+
+
+class Planner:
+    """Asks for plans.
+
+    Args:
+      config: of a training.
+      autoencoder: a config file, a run or an exported model of its autoencoder; None: the config's own.
+      topology: the slice to compile for, e.g. "v5p:4x4x4"; None: the config's.
+      num_slices: equal slices; None: the config's.
+
+    Raises:
+      FileNotFoundError: no such autoencoder.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        *,
+        autoencoder: str | None = None,
+        topology: str | None = None,
+        num_slices: int | None = None,
+    ) -> None:
+        self.config = config
+        self.topology, self.num_slices = topology or config.topology, num_slices or config.num_slices
+        self._autoencoder = _autoencoder_settings(config, autoencoder)
+
+    def outline(self, config: ConfigDict | None = None) -> dict[str, Any]:
+        """The plan of the config, or of this edit of it, from shapes alone: JSON, which `report.as_text` reads."""
+        return self._ask(config or self.config, None, 1)
+
+    def compiled(self, config: ConfigDict | None = None) -> dict[str, Any]:
+        """The plan of the config, or of this edit of it, compiled for the slice.
+
+        Raises:
+          ValueError: no slice is named, or the config cannot run on it.
+        """
+        return self._ask(config or self.config, self._slice(), self.num_slices)
+
+    def search(self, *, tries: int, say: Callable[[str], None]) -> search_lib.Found:
+        """Looks for the mesh, remat policy and micro-batches of the least time; see `search.search`."""
+        where = self._slice()
+
+        def flops(remat: str) -> float:
+            edited = self.config.copy_and_resolve_references()
+            edited.model.remat = remat
+            return sum(self.outline(edited)["step_flops"].values())
+
+        return search_lib.search(
+            self.config,
+            self.outline(),
+            chip=chips.CHIPS[chips.chip_of(where)],
+            num_devices=chips.num_devices(where, num_slices=self.num_slices),
+            num_slices=self.num_slices,
+            ask=lambda edited: self.compiled(edited)["compiled"],
+            flops=flops,
+            tries=tries,
+            say=say,
+        )
+
+    def _slice(self) -> str:
+        if not self.topology:
+            raise ValueError(
+                "the config's topology is '': expected a slice to compile for, so add one, e.g. --topology=v5p:4x4x4"
+            )
+        return self.topology
+
+    def _ask(self, config: ConfigDict, topology: str | None, num_slices: int) -> dict[str, Any]:
+        def make() -> dict[str, Any]:
+            from stvdm.planning import plan  # the trainers and their libraries: seconds, which a kept answer has not
+
+            return plan.make(config, self._autoencoder, topology=topology, num_slices=num_slices)
+
+        question = {"config": config.to_dict(), "autoencoder": self._autoencoder, "where": (topology, num_slices)}
+        return cache.answer(question, make)
+
+
+def _autoencoder_settings(config: ConfigDict, named: str | None) -> dict[str, Any]:
+    """The settings of a run's autoencoder: its own, or those of a config file, a run or an exported model."""
+    if config.kind == "autoencoder":
+        return config.model.to_dict()
+    named = named or config.autoencoder
+    if named.partition(":")[0].endswith(".py"):
+        return base.load(named).model.to_dict()
+    folder = epath.Path(named).expanduser()
+    described = [path for path in (folder / "model" / "model.json", folder / "model.json") if path.exists()]
+    if not described:
+        raise FileNotFoundError(
+            f"autoencoder={named!r}: expected a run or a model there, or a config file; name one with --autoencoder, "
+            "e.g. --autoencoder=configs/autoencoder_kinetic.py"
+        )
+    return json.loads(described[0].read_text())["autoencoder"]
