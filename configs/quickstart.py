@@ -20,6 +20,8 @@ VARIANTS = ("autoencoder", "dit")
 
 
 def get_config(variant: str = "autoencoder") -> ConfigDict:
+    if variant not in VARIANTS:
+        raise ValueError(f"variant {variant!r}: expected one of {', '.join(VARIANTS)}")
     config = _autoencoder() if variant == "autoencoder" else _dit()
     config.data.world = (
         ("num_things", (1.0,)),
@@ -77,4 +79,5 @@ def _dit() -> ConfigDict:
     config.checkpoint_every = 500
     config.sample.steps = 20
     config.sample.guidance = 3.0
+    config.sample.previews = ("a red ball bounces to the right", "a blue square grows")
     return config

@@ -407,8 +407,10 @@ def on_host(array: Any) -> np.ndarray:
     return np.asarray(array)
 
 
-def save_model(directory: epath.PathLike, params: Tree, description: Mapping[str, Any]) -> str:
-    """Writes ``model.safetensors`` (float32 or as given) and ``model.json``; returns the digest of the weights.
+def save_model(
+    directory: epath.PathLike, params: Tree, description: Mapping[str, Any], *, dtype: str = "float32"
+) -> str:
+    """Writes ``model.safetensors`` and ``model.json``; returns the digest of the weights.
 
     All processes of a run call it together. Process 0 writes, and none returns before; the others know no digest.
 
@@ -416,6 +418,7 @@ def save_model(directory: epath.PathLike, params: Tree, description: Mapping[str
       params: nested dicts of arrays, wherever they lie; the path of a leaf, joined by '/', is its name in the file.
         They are gathered one at a time.
       description: JSON that says how to build the model; the digest of the weights is added to it.
+      dtype: of the weights in the file: float32, bfloat16 or float16.
     """
     from safetensors.numpy import save
 
@@ -423,8 +426,8 @@ def save_model(directory: epath.PathLike, params: Tree, description: Mapping[str
     flat, digest = {}, ""
     for name, leaf in sorted(traverse_util.flatten_dict(params, sep="/").items()):
         whole = on_host(leaf)
-        if writes:  # float64 has no place in a model; and the writer copies memory as it lies
-            flat[name] = np.asarray(whole, jax.dtypes.canonicalize_dtype(whole.dtype), order="C")
+        if writes:  # the writer copies memory as it lies
+            flat[name] = np.asarray(whole, jnp.dtype(dtype), order="C")
     if writes:
         target.mkdir(parents=True, exist_ok=True)
         data = save(flat)

@@ -12,7 +12,7 @@ reconstructions), ``model/`` (the averaged weights and the scale of their latent
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -96,8 +96,9 @@ def program(config: ConfigDict) -> Program:
         scores = dict(
             psnr=measure.psnr(decoded, video, data_range=2.0),
             ssim=measure.ssim(decoded, video, data_range=2.0),
-            excess_flicker=measure.excess_flicker(decoded, video),
         )
+        if video.shape[1] > 1:  # an image does not flicker
+            scores["excess_flicker"] = measure.excess_flicker(decoded, video)
         return {name: jnp.mean(score) for name, score in scores.items()}, jnp.concatenate([video[:4], decoded[:4]])
 
     # Telemetry and planning.
@@ -124,9 +125,8 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
         checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints, gets_on=supervisor.beat) as checkpoints,
     ):
         # Restore or initialise.
-        batches = state_lib.open_batches(config, mesh, split="train")
-        held_out = state_lib.open_batches(config, mesh, split="validation")
-        state, first_step = state_lib.resume(checkpoints, config, run, mesh, position=batches.position)
+        batches, held_out = state_lib.open_batches(config, mesh)
+        state, first_step, changed = state_lib.resume(checkpoints, config, run, mesh, position=batches.position)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
         batches.step = first_step
         train_step = jax.jit(run.step, donate_argnums=0, out_shardings=(shardings, None))
@@ -142,6 +142,8 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
             profile=(config.profile.first_step, config.profile.num_steps),
         ) as telemetry:
             telemetry.say(state_lib.write_report(batches.report, workdir))
+            for change in changed:
+                telemetry.say(change)
             for step in range(first_step, config.total_steps):
                 with telemetry.timed("data"):
                     rows = only_batch or next(batches)
@@ -159,8 +161,7 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
                             evaluate(state.ema, state_lib.to_mesh(held_out.batch_at(i), mesh))
                             for i in range(config.eval_batches)
                         ]
-                    scores = jax.tree.map(lambda *values: np.mean(values), *[scores for scores, _ in results])
-                    telemetry.record(done, scores, prefix="eval/")
+                    telemetry.record(done, mean_scores([scores for scores, _ in results]), prefix="eval/")
                     telemetry.preview(done, "reconstruction", results[0][1])
                 leaving = must_leave(done)
                 if leaving or is_due(done, config.checkpoint_every, config.total_steps):
@@ -180,8 +181,14 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
             params = {"autoencoder": state.ema["autoencoder"], "statistics": statistics}
             description = {"kind": "autoencoder", "autoencoder": config.model.to_dict(), "config": config.to_dict()}
             with telemetry.timed("export"):
-                checkpoint.save_model(workdir / "model", params, description)
+                checkpoint.save_model(workdir / "model", params, description, dtype=config.export_dtype)
             telemetry.say(f"the model is in {workdir / 'model'}")
+
+
+def mean_scores(results: Sequence[Metrics]) -> dict[str, float]:
+    """Each score's mean over the batches that have it."""
+    names = dict.fromkeys(name for scores in results for name in scores)
+    return {name: float(np.mean([scores[name] for scores in results if name in scores])) for name in names}
 
 
 def latent_statistics(

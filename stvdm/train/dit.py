@@ -6,8 +6,8 @@
     x_t = (1 - t) latent + t noise,      loss = |network(x_t, t, caption) - (noise - latent)|²
 
 In ``workdir``: ``checkpoints/`` to go on from, ``metrics.jsonl``, ``tensorboard/``, ``previews/`` (samples of
-``config.sample.previews``), ``model/`` (the averaged weights together with the autoencoder: what `stvdm generate`
-loads). The latents are read ready-made (``data.source="latents"``) or encoded in the step.
+``config.sample.previews`` or of held-out captions), ``model/`` (the averaged weights together with the autoencoder:
+what `stvdm generate` loads). The latents are read ready-made (``data.source="latents"``) or encoded in the step.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from ml_collections import ConfigDict
 from stvdm import checkpoint, shapes, sharding
 from stvdm import config as base
 from stvdm.data.loader import Loader
-from stvdm.diffusion import flow, schedules
+from stvdm.data.records import RecordSource
+from stvdm.diffusion import flow
 from stvdm.models import autoencoder3d
 from stvdm.models.autoencoder3d import Autoencoder
 from stvdm.models.text_encoders import WordTokenizer, collect_words
@@ -43,6 +44,7 @@ Tree = Any
 Metrics = dict[str, jax.Array]
 
 MAX_CAPTIONS = 20_000  # that are read for the vocabulary
+NUM_PREVIEWS = 4  # held-out captions that are sampled where the config names no prompts
 EVAL_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # at which the held-out loss is taken, each by itself
 
 
@@ -83,9 +85,6 @@ def program(config: ConfigDict, coder: Autoencoder) -> Program:
             objective=objective,
         )
 
-    def shift_of(latent: jax.Array) -> float:
-        return schedules.shift_for_tokens(math.prod(latent.shape[1:4]), base_tokens=math.prod(latent_thw))
-
     def loss(params: Tree, batch: Tree, key: jax.Array) -> tuple[jax.Array, Metrics]:
         key_noise, key_time, key_drop = jax.random.split(key, 3)
         latent, tokens, mask = batch["latent"], batch["tokens"], batch["mask"]
@@ -99,7 +98,7 @@ def program(config: ConfigDict, coder: Autoencoder) -> Program:
             mean=config.flow.mean,
             std=config.flow.std,
             stratified=config.flow.stratified,
-            shift=config.flow.shift or shift_of(latent),
+            shift=config.flow.shift or pipeline.shift_of(latent.shape[1:4], coder, settings),
         )
         losses, parts = flow_loss(params, latent, tokens, mask, time, key_noise)
         return losses.mean(), {"velocity_mse": parts["velocity_mse"].mean()}
@@ -157,17 +156,17 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
         # Autoencoder, data and words.
         coder_params, coder_description = load_autoencoder(config.autoencoder)
         coder = pipeline.autoencoder_of(coder_description["autoencoder"])
-        batches = state_lib.open_batches(config, mesh, split="train")
-        held_out = state_lib.open_batches(config, mesh, split="validation")
+        check_buckets(config, coder)
+        batches, held_out = state_lib.open_batches(config, mesh)
+        check_latents(config, coder_description)
         config = base.with_words(config, words_of(config, checkpoints, batches))
         settings = config.to_dict()
         tokenizer = WordTokenizer(tuple(config.text.words), config.text.max_tokens)
-        if config.eval_every:
-            pipeline.check_prompts(config.sample.previews, tokenizer, name="sample.preview")  # now, not hours later
+        previews = previews_of(config, tokenizer, held_out)
 
         # Restore or initialise.
         run = program(config, coder)
-        state, first_step = state_lib.resume(checkpoints, config, run, mesh, position=batches.position)
+        state, first_step, changed = state_lib.resume(checkpoints, config, run, mesh, position=batches.position)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
         frozen = jax.device_put(frozen_weights(config, coder_params), sharding.replicated(mesh))
         train_step = jax.jit(run.step, donate_argnums=0, out_shardings=(shardings, None))
@@ -189,7 +188,12 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
             arrays: dict[str, Any] = {name: batch[name] for name in ("video", "latent") if name in batch}
             return state_lib.to_mesh({**arrays, "tokens": tokens, "mask": mask}, mesh)
 
-        description = {"kind": "dit", "autoencoder": coder_description["autoencoder"], "config": settings}
+        description = {
+            "kind": "dit",
+            "autoencoder": coder_description["autoencoder"],
+            "autoencoder_sha256": coder_description["sha256"],
+            "config": settings,
+        }
 
         def samples(params: Tree, prompts: list[str]) -> np.ndarray:
             model = Pipeline.of({**coder_params, **frozen, **params}, description)
@@ -208,6 +212,8 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
             telemetry.say(state_lib.write_report(batches.report, workdir))
             num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
             telemetry.say(f"{num_params:,} parameters, a vocabulary of {len(config.text.words)} words")
+            for change in changed:
+                telemetry.say(change)
             for step in range(first_step, config.total_steps):
                 with telemetry.timed("data"):
                     rows = only_batch or next(batches)
@@ -222,10 +228,11 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
                 if is_due(done, config.eval_every, config.total_steps):
                     with telemetry.timed("evaluate"):
                         scores = evaluate(state.ema)
-                        prompts = list(config.sample.previews)
-                        videos = samples(state.ema, prompts)
                     telemetry.record(done, scores, prefix="eval/")
-                    telemetry.preview(done, "samples", videos, captions=prompts)
+                    if previews:
+                        with telemetry.timed("evaluate"):
+                            videos = samples(state.ema, previews)
+                        telemetry.preview(done, "samples", videos, captions=previews)
                 leaving = must_leave(done)
                 if leaving or is_due(done, config.checkpoint_every, config.total_steps):
                     skips.check(batches)  # a run that must stop would stop again after this step
@@ -274,3 +281,52 @@ def words_of(config: ConfigDict, checkpoints: checkpoint.Checkpoints, batches: L
     if checkpoints.latest is not None:
         return tuple(checkpoints.config()["text"]["words"])
     return tuple(config.text.words) or collect_words(itertools.islice(batches.captions(), MAX_CAPTIONS))
+
+
+def check_buckets(config: ConfigDict, coder: autoencoder3d.Autoencoder) -> None:
+    """Refuses clips that this autoencoder and the patches of this config do not divide.
+
+    Raises:
+      ValueError: naming the first of them.
+    """
+    for T, H, W, *_ in config.data.buckets:
+        try:
+            shapes.token_grid(coder.latent_shape((T, H, W)), tuple(config.model.patch))
+        except ValueError as error:
+            raise ValueError(f"data.buckets {(T, H, W)}: {error}") from error
+
+
+def check_latents(config: ConfigDict, coder_description: dict[str, Any]) -> None:
+    """Refuses latents that another autoencoder made.
+
+    Raises:
+      ValueError: if the weights that encoded them are not those that would decode them.
+    """
+    for path in (config.data.path, config.data.validation_path):
+        if config.data.source == "latents" and path:
+            made_by, here = RecordSource(path).metadata["about"].get("autoencoder"), coder_description["sha256"]
+            if made_by not in (None, here):
+                raise ValueError(
+                    f"{path}: latents of an autoencoder with sha256 {made_by[:12]}..., expected that of "
+                    f"autoencoder={config.autoencoder!r}, {here[:12]}...; run `stvdm preprocess` again, or name the "
+                    "autoencoder that made them."
+                )
+
+
+def previews_of(config: ConfigDict, tokenizer: WordTokenizer, held_out: Loader) -> list[str]:
+    """The prompts that are sampled on the way: of the config, or captions of held-out clips.
+
+    Raises:
+      ValueError: if the config's cannot be read with this vocabulary.
+    """
+    if config.sample.previews:
+        for prompt in config.sample.previews:
+            problem = tokenizer.problem(prompt)
+            if problem:
+                raise ValueError(
+                    f"sample.previews: {problem} Give other prompts, or none to see held-out captions: "
+                    "--config.sample.previews='()'"
+                )
+        return list(config.sample.previews)
+    captions = dict.fromkeys(itertools.islice(held_out.captions(), 64))
+    return [caption for caption in captions if not tokenizer.problem(caption)][:NUM_PREVIEWS]

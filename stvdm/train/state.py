@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What both trainers share: batches, the state of a run, its optimiser, its update, its random streams.
 
-batches = open_batches(config, mesh, split="train")
+batches, held_out = open_batches(config, mesh)
 optimizer, rate = make_optimizer(config.optimizer, config.total_steps)
-state, first_step = resume(checkpoints, config, program, mesh, position=batches.position)
+state, first_step, changed = resume(checkpoints, config, program, mesh, position=batches.position)
 state, metrics = update(state, grads, loss=loss, optimizer=optimizer, ema_decay=0.999)     # inside the jitted step
 """
 
@@ -29,8 +29,7 @@ from ml_collections import ConfigDict
 from stvdm import sharding
 from stvdm.checkpoint import Checkpoints
 from stvdm.data.folder import SkipReport
-from stvdm.data.kinetic_shapes import Split
-from stvdm.data.loader import Loader, check_position, configured_source, make_loader
+from stvdm.data.loader import Loader, Source, check_position, configured_sources, make_loader, served
 
 Tree = Any
 
@@ -57,26 +56,30 @@ class Program(NamedTuple):
     work: Callable[[Tree], dict[str, float]]  # batch, or its shapes -> what a step does: clips, tokens, model FLOPs
 
 
-def open_batches(config: ConfigDict, mesh: Mesh, *, split: Split, start_step: int = 0) -> Loader:
-    """The batches of ``config.data`` from one step on, of the split "train" or "validation": this process's rows.
+def open_batches(config: ConfigDict, mesh: Mesh) -> tuple[Loader, Loader]:
+    """The training batches of ``config.data``, and those of held-out clips: this process's rows of them.
 
     Raises:
       ValueError: if the processes do not all find the same data.
     """
     data = config.data
     num_shards, shards = shards_here(mesh)
-    batches = make_loader(
-        configured_source(data, seed=config.seed, split=split),
-        buckets=data.buckets,
-        seed=config.seed,
-        start_step=start_step,
-        num_workers=data.num_workers if split == "train" else 0,
-        num_shards=num_shards,
-        shards=shards,
-        flip=data.flip,
-    )
-    _check_all_find(batches.position)
-    return batches
+    train, held_out = configured_sources(data, seed=config.seed)
+
+    def batches(source: Source, buckets: Any, num_workers: int) -> Loader:
+        made = make_loader(
+            source,
+            buckets=buckets,
+            seed=config.seed,
+            num_workers=num_workers,
+            num_shards=num_shards,
+            shards=shards,
+            flip=data.flip,
+        )
+        _check_all_find(made.position)
+        return made
+
+    return batches(train, data.buckets, data.num_workers), batches(held_out, served(held_out, data.buckets), 0)
 
 
 def shards_here(mesh: Mesh) -> tuple[int, list[int]]:
@@ -104,18 +107,40 @@ def to_mesh(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
 
 def resume(
     checkpoints: Checkpoints, config: ConfigDict, program: Program, mesh: Mesh, *, position: Mapping[str, Any]
-) -> tuple[State, int]:
-    """The state to start from and its step: of the newest checkpoint, or a fresh one. Memory never holds both.
+) -> tuple[State, int, list[str]]:
+    """The state to start from, its step, and which settings changed since, a line each.
+
+    It is that of the newest checkpoint, or a fresh one. Memory never holds both.
 
     Raises:
-      ValueError: if the data at ``position``, or the optimiser, is not what the checkpoint was trained with.
+      ValueError: if the data at ``position``, or the optimiser, is not what the checkpoint was trained with, or it is
+        of the other kind of training.
     """
     if checkpoints.latest is None:
-        return initialise(program, mesh)[0], 0
+        return initialise(program, mesh)[0], 0, []
+    before = checkpoints.config()
+    if before["kind"] != config.kind:
+        raise ValueError(
+            f"the checkpoints in this workdir are of kind {before['kind']!r}: expected {config.kind!r}, so give each "
+            "training a --workdir of its own."
+        )
     first_step = check_position(checkpoints.position(), position)
-    _check_optimizer(checkpoints.config()["optimizer"], config.optimizer)
+    _check_optimizer(before["optimizer"], config.optimizer)
     state, _ = checkpoints.restore(abstract_state(program, mesh))
-    return state, first_step
+    return state, first_step, changed_settings(before, config.to_dict())
+
+
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], *, prefix: str = "") -> list[str]:
+    """What another config says differently, a line each; both as JSON has them."""
+    lines = []
+    before, now = json.loads(json.dumps(dict(before))), json.loads(json.dumps(dict(now)))
+    for key in sorted({**before, **now}):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += changed_settings(old, new, prefix=f"{prefix}{key}.")
+        elif old != new:
+            lines.append(f"changed since the checkpoint: {prefix}{key} was {old!r}, is {new!r}")
+    return lines
 
 
 def write_report(report: SkipReport, workdir: epath.Path) -> str:
@@ -183,7 +208,8 @@ def make_optimizer(config: ConfigDict, total_steps: int) -> tuple[optax.Gradient
     """The optimiser of ``config.optimizer`` and the schedule of its learning rate.
 
     Muon (Jordan 2024) orthogonalises the updates of matrices, here also of stacked layers and of convolutions seen as
-    (taps x in, out) matrices, scaled to AdamW's size (Liu 2025); vectors and tables go to AdamW.
+    (taps x in, out) matrices, scaled to AdamW's size (Liu 2025); vectors and tables go to AdamW. Weight decay pulls
+    on no vector, and with Muon on its matrices alone.
     """
     peak, final = config.learning_rate, config.learning_rate * config.final_fraction
     after = max(1, total_steps - config.warmup_steps)
@@ -196,10 +222,9 @@ def make_optimizer(config: ConfigDict, total_steps: int) -> tuple[optax.Gradient
     }[config.schedule]
     warmup = optax.linear_schedule(peak / max(1, config.warmup_steps), peak, config.warmup_steps)
     rate = optax.join_schedules([warmup, course], [config.warmup_steps])
-    decayed = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)  # noqa: E731
     if config.name == "adamw":
         descent = optax.adamw(
-            rate, b1=config.b1, b2=config.b2, mu_dtype=config.moments, weight_decay=config.weight_decay, mask=decayed
+            rate, b1=config.b1, b2=config.b2, mu_dtype=config.moments, weight_decay=config.weight_decay, mask=_decayed
         )
     else:
         descent = optax.contrib.muon(
@@ -208,8 +233,6 @@ def make_optimizer(config: ConfigDict, total_steps: int) -> tuple[optax.Gradient
             adam_b2=config.b2,
             mu_dtype=config.moments,
             weight_decay=config.weight_decay,
-            adam_weight_decay=config.weight_decay,
-            weight_decay_mask=decayed,
             muon_weight_dimension_numbers=_matrices,
             consistent_rms=0.2,
         )
@@ -342,6 +365,16 @@ def _check_optimizer(saved: Mapping[str, Any], now: ConfigDict) -> None:
         )
 
 
+def _decayed(params: Tree) -> Tree:
+    """Which parameters weight decay pulls on: all but vectors, also where those of several layers are stacked."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaf.ndim - _is_stacked(path) > 1, params)
+
+
+def _is_stacked(path: tuple[Any, ...]) -> bool:
+    """Whether the first axis of a parameter is the layer."""
+    return "layers" in (getattr(entry, "key", entry) for entry in path)
+
+
 def _matrices(params: Tree) -> Tree:
     """Which parameters Muon takes, and as what matrix: kernels; not tables, embeddings, vectors."""
 
@@ -349,8 +382,7 @@ def _matrices(params: Tree) -> Tree:
         names = [str(getattr(entry, "key", entry)) for entry in path]
         if names[-1] != "kernel" or leaf.ndim < 2:
             return None
-        first = 1 if "layers" in names else 0  # stacked layers are a batch of matrices
-        axes = tuple(range(first, leaf.ndim))
+        axes = tuple(range(_is_stacked(path), leaf.ndim))  # stacked layers are a batch of matrices
         return optax.contrib.MuonDimensionNumbers(reduction_axis=axes[:-1], output_axis=axes[-1])
 
     return jax.tree_util.tree_map_with_path(one, params)

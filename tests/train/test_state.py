@@ -153,6 +153,22 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
     np.testing.assert_allclose(metrics["loss"], part_metrics["loss"], rtol=1e-5)
 
 
+def test_weight_decay_spares_vectors_also_of_stacked_layers():
+    layer = {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), layer)
+    params = {"layers": {"linear": stacked}, "layers_0": {"linear": layer}}
+    settings = base.dit().optimizer.copy_and_resolve_references()
+    settings.update(weight_decay=0.1, warmup_steps=0, schedule="constant", learning_rate=0.5)
+    for name in ("adamw", "muon"):
+        settings.name = name
+        optimizer, _ = state_lib.make_optimizer(settings, 10)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+        for layers in updates.values():
+            assert (layers["linear"]["kernel"] < 0).all()
+            assert (layers["linear"]["bias"] == 0).all()
+
+
 def test_the_schedule_warms_up_and_ends_where_told():
     rate = state_lib.make_optimizer(_settings(final_fraction=0.1), total_steps=10)[1]
     assert 0 < float(rate(0)) < float(rate(1)) <= float(rate(2)) == pytest.approx(1e-2)
@@ -237,13 +253,13 @@ def test_a_checkpoint_is_gone_on_from_without_a_fresh_state_beside_it(tmp_path, 
     mesh, position = sharding.make_mesh(fsdp=4, tensor=2), {"step": 0, "seed": 0}
     config = base.dit()
     with Checkpoints(tmp_path) as checkpoints:
-        state, first_step = state_lib.resume(checkpoints, config, _program(), mesh, position=position)
+        state, first_step, _ = state_lib.resume(checkpoints, config, _program(), mesh, position=position)
         assert first_step == 0
         saved = state._replace(params=jax.tree.map(lambda leaf: leaf + 1, state.params))
         checkpoints.save(3, saved, position={**position, "step": 3}, config=config.to_dict())
     monkeypatch.setattr(state_lib, "initialise", lambda *_: pytest.fail("twice the memory"))
     with Checkpoints(tmp_path) as checkpoints:
-        found, first_step = state_lib.resume(checkpoints, config, _program(), mesh, position=position)
+        found, first_step, changed = state_lib.resume(checkpoints, config, _program(), mesh, position=position)
         assert first_step == 3
         expected = state_lib.abstract_state(_program(), mesh)
         assert jax.tree.all(jax.tree.map(lambda leaf, like: leaf.sharding == like.sharding, found, expected))
@@ -252,7 +268,7 @@ def test_a_checkpoint_is_gone_on_from_without_a_fresh_state_beside_it(tmp_path, 
             state_lib.resume(checkpoints, config, _program(), mesh, position={**position, "seed": 1})
         config.optimizer.moments = "bfloat16"
         with pytest.warns(UserWarning, match="saved 'float32', now 'bfloat16': the first moments are converted"):
-            found, _ = state_lib.resume(checkpoints, config, _program(moments="bfloat16"), mesh, position=position)
+            found, *_ = state_lib.resume(checkpoints, config, _program(moments="bfloat16"), mesh, position=position)
         assert {leaf.dtype for leaf in jax.tree.leaves(found.opt_state)} >= {jnp.dtype(jnp.bfloat16)}
         config.optimizer.name = "muon"
         with pytest.raises(ValueError, match="optimizer.name: saved 'adamw', now 'muon'"):
