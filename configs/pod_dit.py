@@ -87,5 +87,4 @@ def get_config(variant: str = "1.3b-480p-81f-v5p") -> ConfigDict:
     config.sample.steps = 50
     config.sample.guidance = 5.0
     config.sample.shift = config.flow.shift
-    config.sample.previews = ("a red ball bounces to the right", "waves break on a rocky shore at dusk")
     return config.lock()
