@@ -37,6 +37,13 @@ check_count() { # check_count FLAG VALUE
     [[ $2 =~ ^[1-9][0-9]*$ ]] || die "$1=$2: expected a whole number of at least 1; e.g. $1=2"
 }
 
+check_data() { # check_data FLAG VALUE: sets bucket and folder, which is empty for the whole bucket
+    [[ $2 =~ ^gs://[a-z0-9][a-z0-9._-]+(/[^,]*)?$ ]] || die "$1=$2: expected gs://BUCKET or gs://BUCKET/FOLDER; e.g. $1=gs://bucket/latents"
+    bucket=${2#gs://} folder=""
+    case "$bucket" in */*) folder=${bucket#*/} bucket=${bucket%%/*} ;; esac
+    folder=${folder%/}
+}
+
 check_training() { # check_training COMMAND...: there is one, and what it writes outlives these machines
     [ $# -gt 0 ] || die "start: got no command, expected one after --; e.g. -- stvdm train dit --config=... --workdir=gs://..."
     local word before=""

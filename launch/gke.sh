@@ -8,13 +8,14 @@ usage() {
 launch/gke.sh [--dry-run] ACTION NAME [...]
 
   start    --chip=v5e|v5p|v6e|tpu7x --topology=4x4 --image=IMAGE [--slices=N] [--spot] [--chips-per-host=4]
-           [--queue=multislice-queue] [--service-account=ACCOUNT] -- stvdm train ... --workdir=gs://BUCKET/FOLDER
+           [--queue=multislice-queue] [--service-account=ACCOUNT] [--data=gs://BUCKET[/FOLDER]]
+           -- stvdm train ... --workdir=gs://BUCKET/FOLDER
   status   of its pods
   logs     of the first one, as they come
   stop     the training saves and leaves; the same start goes on from there
 
 It talks to the cluster of kubectl's context, which has JobSet and node pools of such slices: made by XPK, by Cluster
-Toolkit or by hand. --dry-run prints the commands, quoted so that they can be pasted, and runs none.
+Toolkit or by hand. --data is to be read as the folder /mnt/data, by GKE's driver of Cloud Storage FUSE. --dry-run prints the commands, quoted so that they can be pasted, and runs none.
 EOF
 }
 
@@ -38,7 +39,7 @@ name=${2:-}
 check_name "$name" 40 # the names of pods, which have 63, begin with it
 shift 2
 
-chip="" topology="" image="" slices=1 per_host=4 spot="" queue="" account=default
+chip="" topology="" image="" slices=1 per_host=4 spot="" queue="" account=default data="" bucket="" folder=""
 while [ $# -gt 0 ]; do
     case "$action $1" in
         "start --chip="*) chip=${1#*=} ;;
@@ -49,6 +50,7 @@ while [ $# -gt 0 ]; do
         "start --spot") spot=yes ;;
         "start --queue="*) queue=${1#*=} ;;
         "start --service-account="*) account=${1#*=} ;;
+        "start --data="*) data=${1#*=} ;;
         "start --")
             shift
             break
@@ -86,6 +88,8 @@ spec:
     rules:
     - action: RestartJobSetAndIgnoreMaxRestarts  # taken away, or left after saving
       onJobFailureReasons: [PodFailurePolicy]
+    - action: FailJobSet  # refused, or given up by a supervisor: the same would come of it again
+      onJobFailureReasons: [BackoffLimitExceeded]
   replicatedJobs:
   - name: slice
     replicas: $slices
@@ -101,6 +105,8 @@ spec:
           - action: FailJob
             onPodConditions: [{type: DisruptionTarget, status: "True"}]
         template:
+          metadata:
+            annotations: {$annotations}
           spec:
             restartPolicy: Never
             hostNetwork: true
@@ -117,6 +123,19 @@ spec:
                 requests: {google.com/tpu: $tpus}
                 limits: {google.com/tpu: $tpus}
 EOF
+    if [ -n "$bucket" ]; then
+        local options=implicit-dirs
+        if [ -n "$folder" ]; then options=$options,only-dir=$folder; fi
+        cat <<EOF
+              volumeMounts: [{name: data, mountPath: /mnt/data, readOnly: true}]
+            volumes:
+            - name: data
+              csi:
+                driver: gcsfuse.csi.storage.gke.io
+                readOnly: true
+                volumeAttributes: {bucketName: $(json "$bucket"), mountOptions: $(json "$options"), hostNetworkPodKSA: "true"}
+EOF
+    fi
 }
 
 case "$action" in
@@ -143,7 +162,12 @@ case "$action" in
             die "--topology=$topology, --chips-per-host=$per_host: $chips chips do not divide over such hosts; give the N of" \
                 "the node pool's machine type, ...-Nt"
         fi
-        labels="" nodes="cloud.google.com/gke-tpu-accelerator: $accelerator, cloud.google.com/gke-tpu-topology: $topology"
+        labels="" annotations=""
+        if [ -n "$data" ]; then
+            check_data --data "$data"
+            annotations='gke-gcsfuse/volumes: "true"'
+        fi
+        nodes="cloud.google.com/gke-tpu-accelerator: $accelerator, cloud.google.com/gke-tpu-topology: $topology"
         if [ -n "$queue" ]; then labels="kueue.x-k8s.io/queue-name: $(json "$queue")"; fi
         if [ "$spot" = yes ]; then nodes="$nodes, cloud.google.com/gke-spot: \"true\""; fi
         if [ "$dry_run" = yes ]; then

@@ -11,6 +11,8 @@ launch/tpu_vm.sh [--dry-run] ACTION NAME --zone=ZONE [...]
            ask for TPUs: v5litepod-16, v5p-8, v6e-64, ...; without --spot and --reserved they are on-demand
   wait     until they are there
   install  put the commit that is checked out here on all workers, with its packages
+  mount    --data=gs://BUCKET[/FOLDER]
+           on all workers, to be read as the folder /mnt/data
   start    --chip=v5e|v5p|v6e -- stvdm train ... --workdir=gs://BUCKET/FOLDER
            on all workers; each has a supervisor that restarts what dies and resumes it
   logs     of the first worker, as they come
@@ -34,14 +36,14 @@ case "${1:-}" in
         usage
         exit 0
         ;;
-    create | wait | install | start | logs | stop | delete) action=$1 ;;
-    *) die "ACTION='${1:-}': expected create, wait, install, start, logs, stop or delete; --help explains them" ;;
+    create | wait | install | mount | start | logs | stop | delete) action=$1 ;;
+    *) die "ACTION='${1:-}': expected create, wait, install, mount, start, logs, stop or delete; --help explains them" ;;
 esac
 name=${2:-}
 check_name "$name" 60
 shift 2
 
-zone="" accelerator="" slices=1 tier="" runtime="" chip=""
+zone="" accelerator="" slices=1 tier="" runtime="" chip="" data=""
 while [ $# -gt 0 ]; do
     case "$action $1" in
         *" --zone="*) zone=${1#*=} ;;
@@ -52,6 +54,7 @@ while [ $# -gt 0 ]; do
             [ -z "$tier" ] || die "$tier and $1: expected one of them at most, so leave one out"
             tier=$1
             ;;
+        "mount --data="*) data=${1#*=} ;;
         "start --chip="*) chip=${1#*=} ;;
         "create --" | "start --")
             shift
@@ -112,6 +115,19 @@ case "$action" in
         everywhere "rm -rf stvdm && mkdir stvdm && tar -xzf $archive -C stvdm && cd stvdm \
 && python3 -m pip install --user --quiet --upgrade uv && ~/.local/bin/uv venv --quiet --python 3.11 .venv \
 && ~/.local/bin/uv pip install --quiet --python .venv -e '.[tpu]' && .venv/bin/stvdm --version"
+        ;;
+    mount)
+        check_data --data "$data"
+        # https://docs.cloud.google.com/storage/docs/cloud-storage-fuse/install
+        # shellcheck disable=SC2016 # the release's name is the worker's
+        repository='deb [signed-by=/usr/share/keyrings/cloud.google.asc] https://packages.cloud.google.com/apt gcsfuse-$(lsb_release -cs) main'
+        fuse="command -v gcsfuse || { curl -fsSL https://packages.cloud.google.com/apt/doc/apt-key.gpg \
+| sudo tee /usr/share/keyrings/cloud.google.asc > /dev/null && echo \"$repository\" \
+| sudo tee /etc/apt/sources.list.d/gcsfuse.list && sudo apt-get update -qq && sudo apt-get install -qq -y gcsfuse; }"
+        only=(-o ro --implicit-dirs)
+        if [ -n "$folder" ]; then only+=(--only-dir="$folder"); fi
+        everywhere "{ $fuse; } && sudo mkdir -p /mnt/data && sudo chown \"\$(id -u)\" /mnt/data \
+&& { mountpoint -q /mnt/data || gcsfuse $(quoted "${only[@]}" "$bucket") /mnt/data; }"
         ;;
     start)
         case "$chip" in

@@ -419,8 +419,11 @@ def _plan(args: argparse.Namespace) -> None:
         config = config_lib.load(spec, args.overrides)
         return Planner(config, autoencoder=args.autoencoder, topology=args.topology, num_slices=args.slices)
 
+    def priced(plan: dict[str, Any]) -> dict[str, Any]:
+        return report.with_cost(plan, price=args.price)
+
     def show(plan: dict[str, Any]) -> None:
-        print(json.dumps(plan, indent=2) if args.json else report.as_text(plan, price=args.price))
+        print(json.dumps(priced(plan), indent=2) if args.json else report.as_text(priced(plan)))
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -432,14 +435,14 @@ def _plan(args: argparse.Namespace) -> None:
         made = {}
         for name in variants:
             say(f"compiling {name}")
-            made[name] = planner(f"{args.config}:{name}").compiled()
+            made[name] = priced(planner(f"{args.config}:{name}").compiled())
         print(json.dumps(made, indent=2) if args.json else report.as_table(made))
     elif args.search:
         asked = planner(args.config)
         found = asked.search(tries=args.tries, say=say)
         plan = asked.compiled(search.edited(asked.config, found.best.mesh, found.best.rung)) if found.best else None
         if args.json:
-            print(json.dumps({**(plan or asked.outline()), "search": found.to_json()}, indent=2))
+            print(json.dumps({**priced(plan or asked.outline()), "search": found.to_json()}, indent=2))
         else:
             print(search.as_text(found))
             show(plan or asked.outline())

@@ -60,7 +60,7 @@ def dit() -> ConfigDict:
         positions="rotary",  # 'rotary' or 'sincos', computed from the token grid
         rope_theta=1e4,
         qk_norm=True,  # RMS norm of queries and keys
-        remat="nothing",  # what the backward pass computes again: nothing, attention, projections, everything
+        remat="nothing",  # what the backward pass computes again: nothing, projections, attention, offload, everything
         scan_layers=True,  # one compiled layer, scanned
         dtype="float32",  # of matrix products: float32 or bfloat16 (parameters stay float32)
     )
@@ -318,9 +318,15 @@ def _autoencoder_problems(config: ConfigDict) -> Iterator[str]:
             yield f"model.{name}={tuple(model[name])}: expected {stages - 1} entries, one between each two stages."
     for bucket in config.data.buckets:
         try:
-            shapes.latent_shape(tuple(bucket[:3]), **compression(model))
+            _, rows, _ = shapes.latent_shape(tuple(bucket[:3]), **compression(model))
         except ValueError as error:
             yield f"data.buckets {tuple(bucket[:3])}: {error}"
+            continue
+        if rows % max(1, config.mesh.context):
+            yield (
+                f"data.buckets {tuple(bucket[:3])}: its latents have {rows} rows, expected a multiple of mesh.context="
+                f"{config.mesh.context}, over which they are split."
+            )
 
 
 def _dit_problems(config: ConfigDict) -> Iterator[str]:
@@ -331,7 +337,7 @@ def _dit_problems(config: ConfigDict) -> Iterator[str]:
     yield from _choice("sample.sampler", config.sample.sampler, ("euler", "heun", "dpm++", "unipc"))
     yield from _choice("model.text_path", model.text_path, ("cross", "joint"))
     yield from _choice("model.positions", model.positions, ("rotary", "sincos"))
-    yield from _choice("model.remat", model.remat, ("nothing", "attention", "projections", "everything"))
+    yield from _choice("model.remat", model.remat, ("nothing", "projections", "attention", "offload", "everything"))
     low, high = config.sample.guidance_interval
     if not 0 <= low < high <= 1:
         yield f"sample.guidance_interval={(low, high)}: expected 0 <= low < high <= 1, times of which 1 is noise."

@@ -81,6 +81,12 @@ def make_mesh(
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
+def platform() -> str:
+    """Of the devices that the program being traced is for, which need not be here: "cpu", "gpu" or "tpu"."""
+    device = jax.sharding.get_abstract_mesh().abstract_device  # None: no mesh, or one of no devices in particular
+    return jax.default_backend() if device is None else device.platform
+
+
 def spec(*logical_axes: str | None) -> PartitionSpec:
     """The partition of an array whose dimensions carry these logical names (None: not split).
 

@@ -21,6 +21,7 @@ import re
 
 import jax
 
+from stvdm import sharding
 from stvdm.models.context_parallel import Text, attend
 from stvdm.models.patterns import Pattern, Size3
 
@@ -98,8 +99,7 @@ def _rule(q_BNAd: jax.Array, grid: Size3, pattern: str, window: Size3 | None) ->
 
 def _backend(q_BNAd: jax.Array) -> str:
     """The kernel for the devices that the program is for, which need not be here."""
-    device = jax.sharding.get_abstract_mesh().abstract_device  # None: no mesh, or one of no devices in particular
-    platform = jax.default_backend() if device is None else device.platform
+    platform = sharding.platform()
     if platform == "tpu":
         return "splash"
     if platform in ("gpu", "cuda") and _suits_cudnn(q_BNAd):

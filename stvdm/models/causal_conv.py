@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from stvdm import sharding
 from stvdm.sharding import partitioned
 
 Triple = tuple[int, int, int]  # along time, height, width
@@ -85,7 +86,7 @@ def _convolve(x: jax.Array, kernel: jax.Array, stride: Triple) -> jax.Array:
         return _sum(_every(x, i, taps, stride[0]) @ kernel[i, 0, 0] for i in range(taps))
     if taps == 1:
         return _convolve_frames(x, kernel[0], stride[1])
-    if jax.default_backend() == "cpu":  # XLA's 3-D convolution is slow there: all taps in one 2-D convolution
+    if sharding.platform() == "cpu":  # XLA's 3-D convolution is slow there: all taps in one 2-D convolution
         channels, out = kernel.shape[3:]
         y = _convolve_frames(x, jnp.moveaxis(kernel, 0, 3).reshape(height, width, channels, taps * out), stride[1])
         return _sum(_every(y[..., i * out : (i + 1) * out], i, taps, stride[0]) for i in range(taps))

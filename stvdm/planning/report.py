@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plans as text, from their JSON alone: what is kept in the cache can be shown without tracing anything again.
 
-print(as_text(report, price=4.2))
+print(as_text(with_cost(report, price=4.2)))
 """
 
 from __future__ import annotations
@@ -14,8 +14,21 @@ from stvdm.planning.chips import DEVICES_PER_CHIP
 Json = Mapping[str, Any]
 
 
-def as_text(report: Json, *, price: float | None = None) -> str:
-    """A plan for people; ``price`` is that of a chip for an hour."""
+def with_cost(report: Json, *, price: float | None = None) -> dict[str, Any]:
+    """The plan, with the chip-hours that a thousand clips take at least, and what they cost if a chip-hour has a price.
+
+    No price is built in: they differ by region, commitment and month.
+    """
+    fit = report.get("compiled")
+    if not fit or not fit["fits"]:
+        return dict(report)
+    hours = chip_hours(fit, batch=report["clips"][0]["batch"])
+    cost: Json = {} if price is None else {"price_of_chip_hour": price, "cost_of_1000_clips": hours * price}
+    return {**report, "compiled": {**fit, "chip_hours_of_1000_clips": hours, **cost}}
+
+
+def as_text(report: Json) -> str:
+    """A plan for people."""
     lines = []
     for clip in report["clips"]:
         video, latent, grid = ("x".join(map(str, clip[name])) for name in ("video", "latent", "grid"))
@@ -37,11 +50,11 @@ def as_text(report: Json, *, price: float | None = None) -> str:
         + _shares(report["step_flops"], flops)
     )
     if report.get("compiled"):
-        lines += _compiled(report["compiled"], batch=report["clips"][0]["batch"], price=price)
+        lines += _compiled(with_cost(report)["compiled"])
     return "\n".join(lines)
 
 
-def _compiled(fit: Json, *, batch: int, price: float | None) -> list[str]:
+def _compiled(fit: Json) -> list[str]:
     slices = "" if fit["num_slices"] == 1 else f"{fit['num_slices']} slices of "
     lines = [
         f"compiled for {slices}{fit['topology']} ({fit['num_devices']} devices: {mesh_text(fit['mesh'])}; "
@@ -72,9 +85,10 @@ def _compiled(fit: Json, *, batch: int, price: float | None) -> list[str]:
         f"  at peaks of {short(chip['flops'])}FLOP/s, memory {short(chip['memory_bandwidth'])}B/s, links "
         f"{short(chip['link_bandwidth'])}B/s, network {short(chip['network_bandwidth'])}B/s a device ({chip['source']})"
     )
-    hours = chip_hours(fit, batch=batch)
-    cost = "" if price is None else f", {hours * price:.3g} at {price:g} a chip-hour"
-    lines.append(f"  a thousand clips: at least {hours:.3g} chip-hours{cost}")
+    cost = ""
+    if "cost_of_1000_clips" in fit:
+        cost = f", {fit['cost_of_1000_clips']:.3g} at {fit['price_of_chip_hour']:g} a chip-hour"
+    lines.append(f"  a thousand clips: at least {fit['chip_hours_of_1000_clips']:.3g} chip-hours{cost}")
     return lines
 
 
@@ -107,8 +121,11 @@ def _cells(name: str, report: Json) -> tuple[str, ...]:
     )
     if not fit["fits"]:
         return (*left, "does not fit", "", "")
-    hours = chip_hours(fit, batch=clip["batch"])
-    return (*left, f"{fit['step_seconds']:.3g} s", f"{fit['utilisation']:.0%}", f"{hours:.3g}")
+    fit = with_cost(report)["compiled"]
+    hours = f"{fit['chip_hours_of_1000_clips']:.3g}"
+    if "cost_of_1000_clips" in fit:
+        hours += f" ({fit['cost_of_1000_clips']:.3g} at {fit['price_of_chip_hour']:g})"
+    return (*left, f"{fit['step_seconds']:.3g} s", f"{fit['utilisation']:.0%}", hours)
 
 
 def chip_hours(fit: Json, *, batch: int) -> float:

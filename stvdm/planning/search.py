@@ -24,7 +24,7 @@ from stvdm.planning.chips import CHIPS, Chip
 from stvdm.planning.report import Json, gib, mesh_text
 
 REMAT = {  # from most memory to least
-    "dit": ("nothing", "projections", "attention", "everything"),
+    "dit": ("nothing", "projections", "attention", "offload", "everything"),
     "autoencoder": ("nothing", "stages"),
 }
 LARGEST = {"context": 16, "tensor": 8}  # beyond these a step of this model is all talk

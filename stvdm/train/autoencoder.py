@@ -155,14 +155,6 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
                 if is_due(done, config.log_every, config.total_steps):
                     telemetry.record(done, metrics)
                     skips.check(batches)
-                if is_due(done, config.eval_every, config.total_steps):
-                    with telemetry.timed("evaluate"):
-                        results = [
-                            evaluate(state.ema, state_lib.to_mesh(held_out.batch_at(i), mesh))
-                            for i in range(config.eval_batches)
-                        ]
-                    telemetry.record(done, mean_scores([scores for scores, _ in results]), prefix="eval/")
-                    telemetry.preview(done, "reconstruction", results[0][1])
                 leaving = must_leave(done)
                 if leaving or is_due(done, config.checkpoint_every, config.total_steps):
                     skips.check(batches)  # a run that must stop would stop again after this step
@@ -173,6 +165,14 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
                 if leaving:
                     telemetry.say(f"asked to stop: step {done} is being saved, the same command goes on from it")
                     preemption.leave(checkpoints)
+                if is_due(done, config.eval_every, config.total_steps):
+                    with telemetry.timed("evaluate"):
+                        results = [
+                            evaluate(state.ema, state_lib.to_mesh(held_out.batch_at(i), mesh))
+                            for i in range(config.eval_batches)
+                        ]
+                    telemetry.record(done, mean_scores([scores for scores, _ in results]), prefix="eval/")
+                    telemetry.preview(done, "reconstruction", results[0][1])
 
             telemetry.say(state_lib.write_report(batches.report, workdir))
 

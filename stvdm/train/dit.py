@@ -197,7 +197,8 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
 
         def samples(params: Tree, prompts: list[str]) -> np.ndarray:
             model = Pipeline.of({**coder_params, **frozen, **params}, description)
-            return model.generate(prompts, batch_size=len(prompts)).videos
+            batch = len(prompts)
+            return model.generate(prompts, batch_size=batch, progress=lambda *_: supervisor.beat()).videos
 
         # Loop.
         batches.step = first_step
@@ -225,14 +226,6 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
                 if is_due(done, config.log_every, config.total_steps):
                     telemetry.record(done, metrics)
                     skips.check(batches)
-                if is_due(done, config.eval_every, config.total_steps):
-                    with telemetry.timed("evaluate"):
-                        scores = evaluate(state.ema)
-                    telemetry.record(done, scores, prefix="eval/")
-                    if previews:
-                        with telemetry.timed("evaluate"):
-                            videos = samples(state.ema, previews)
-                        telemetry.preview(done, "samples", videos, captions=previews)
                 leaving = must_leave(done)
                 if leaving or is_due(done, config.checkpoint_every, config.total_steps):
                     skips.check(batches)  # a run that must stop would stop again after this step
@@ -242,11 +235,20 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
                 if leaving:
                     telemetry.say(f"asked to stop: step {done} is being saved, the same command goes on from it")
                     preemption.leave(checkpoints)
+                if is_due(done, config.eval_every, config.total_steps):
+                    with telemetry.timed("evaluate"):
+                        scores = evaluate(state.ema)
+                    telemetry.record(done, scores, prefix="eval/")
+                    if previews:
+                        with telemetry.timed("evaluate"):
+                            videos = samples(state.ema, previews)
+                        telemetry.preview(done, "samples", videos, captions=previews)
 
             # Finish.
             telemetry.say(state_lib.write_report(batches.report, workdir))
             with telemetry.timed("export"):
-                checkpoint.save_model(workdir / "model", {**coder_params, **state.ema}, description)
+                model = {**coder_params, **state.ema}
+                checkpoint.save_model(workdir / "model", model, description, dtype=config.export_dtype)
             telemetry.say(f"the model is in {workdir / 'model'}")
 
 

@@ -79,6 +79,15 @@ def succeeded(run):
 QR = ["gcloud", "compute", "tpus", "queued-resources"]
 ZONE = "--zone=us-east5-b"
 EVERYWHERE = ["--node=all", "--worker=all"]
+MOUNT = (
+    "--command={ command -v gcsfuse || { curl -fsSL https://packages.cloud.google.com/apt/doc/apt-key.gpg "
+    "| sudo tee /usr/share/keyrings/cloud.google.asc > /dev/null && echo "
+    '"deb [signed-by=/usr/share/keyrings/cloud.google.asc] https://packages.cloud.google.com/apt '
+    'gcsfuse-$(lsb_release -cs) main" '
+    "| sudo tee /etc/apt/sources.list.d/gcsfuse.list && sudo apt-get update -qq && sudo apt-get install -qq -y gcsfuse"
+    '; }; } && sudo mkdir -p /mnt/data && sudo chown "$(id -u)" /mnt/data && { mountpoint -q /mnt/data '
+    "|| gcsfuse -o ro --implicit-dirs --only-dir=some/folder my-bucket /mnt/data; }"
+)
 TPU = {
     "create --accelerator=v6e-16": [
         [*QR, "create", "run", "--accelerator-type=v6e-16", "--runtime-version=v2-alpha-tpuv6e", "--node-id=run", ZONE]
@@ -95,6 +104,7 @@ TPU = {
         [*QR, "ssh", "run", "--node=0", "--worker=0",
          "--command=sudo journalctl --unit=stvdm --lines=100 --follow", ZONE]
     ],
+    "mount --data=gs://my-bucket/some/folder/": [[*QR, "ssh", "run", *EVERYWHERE, MOUNT, ZONE]],
     "stop": [[*QR, "ssh", "run", *EVERYWHERE, "--command=sudo systemctl stop stvdm", ZONE]],
     "delete": [[*QR, "delete", "run", "--force", "--quiet", ZONE]],
 }  # fmt: skip
@@ -269,6 +279,21 @@ def test_pods_are_as_many_as_hosts(machine, words, accelerator, hosts, tpus):
     assert "cloud.google.com/gke-spot" not in pod["nodeSelector"] and manifest["metadata"]["labels"] == {}
     assert (job["replicas"], pods["parallelism"], pods["completions"]) == (1, hosts, hosts)
     assert container["resources"]["limits"] == {"google.com/tpu": tpus}
+
+
+def test_a_bucket_is_read_as_a_folder_and_what_was_refused_is_not_started_again(machine):
+    words = ["start", "run", "--chip=v5p", "--topology=2x2x2", "--image=i", "--data=gs://my-bucket/a b", "--", *TRAIN]
+    succeeded(machine.run("gke.sh", *words))
+    manifest, _, pods, pod, container = jobset(machine.calls[0]["stdin"])
+    assert container["volumeMounts"] == [{"name": "data", "mountPath": "/mnt/data", "readOnly": True}]
+    assert pods["template"]["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
+    assert pod["volumes"][0]["csi"]["volumeAttributes"] == {
+        "bucketName": "my-bucket", "mountOptions": "implicit-dirs,only-dir=a b", "hostNetworkPodKSA": "true"
+    }  # fmt: skip
+    assert {rule["action"]: rule["onJobFailureReasons"] for rule in manifest["spec"]["failurePolicy"]["rules"]} == {
+        "RestartJobSetAndIgnoreMaxRestarts": ["PodFailurePolicy"],
+        "FailJobSet": ["BackoffLimitExceeded"],
+    }
 
 
 def test_a_jobset_printed_and_pasted_is_the_jobset(machine):
