@@ -203,15 +203,41 @@ def test_bfloat16_stays_near_float32():
     assert 0 < np.abs(rough - exact).max() < 0.1 * np.abs(exact).max()
 
 
-def test_a_mesh_gives_what_one_device_gives():
-    dit = variant(text_path="cross", attention=("full", "frame"))
-    mesh = sharding.make_mesh(data=1, fsdp=2, context=2, tensor=2)
-    params, given = randomised(dit), inputs(levels=2)
-    expected = jitted(dit, params, *given)
-    places = sharding.shardings(jax.eval_shape(dit.init, jax.random.key(0), *given), mesh)
-    with jax.set_mesh(mesh):
-        out = jax.jit(dit.apply)(jax.device_put(params, places), *given)
-    np.testing.assert_allclose(out, expected, rtol=1e-3, atol=1e-3)
+MESHES = {
+    "fsdp-context-tensor": dict(data=1, fsdp=2, context=2, tensor=2),
+    "data-tensor": dict(data=2, fsdp=1, context=2, tensor=2),
+    "context": dict(data=1, fsdp=2, context=4),  # two heads: all-to-all over two, a ring of two
+}
+PRESETS = [
+    pytest.param(mesh, pattern, text, marks=() if (mesh, text) == ("context", "cross") else pytest.mark.slow)
+    for mesh in MESHES
+    for pattern in ("full", "frame", "time", "window", "block_causal")
+    for text in ("cross", "joint")
+] + [("fsdp-context-tensor", "full", "cross"), ("fsdp-context-tensor", "frame", "joint")]
+
+
+@pytest.mark.parametrize("mesh, pattern, text", PRESETS)
+def test_a_mesh_gives_what_one_device_gives_with_all_gradients(mesh, pattern, text):
+    dit = variant(text_path=text, attention=(pattern,), window=(1, 0, 1))
+    made = sharding.make_mesh(**MESHES[mesh])
+    params, given = randomised(dit), inputs(dit, levels=2)
+    weights = np.random.default_rng(2).normal(size=given[0].shape).astype(np.float32)
+
+    def loss(params, latent, *rest):
+        out = dit.apply(params, latent, *rest)
+        return jnp.sum(weights * out) / weights.size, out
+
+    both = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    (_, expected), expected_grads = jax.jit(both)(params, *given)
+    places = sharding.shardings(jax.eval_shape(dit.init, jax.random.key(0), *given), made)
+    with jax.set_mesh(made):
+        (_, out), grads = jax.jit(both)(jax.device_put(params, places), *given)
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
+    named = jax.tree_util.tree_leaves_with_path(expected_grads)
+    for (path, one), other in zip(named, jax.tree.leaves(grads), strict=True):
+        name = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(other, one, atol=1e-4 * np.abs(one).max() + 1e-7, err_msg=name)
+        assert np.abs(one).max() > 0, name  # a gradient of nothing compares with nothing
 
 
 def test_every_parameter_names_its_dimensions():

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trainings in several processes of this machine, four devices together, for tests."""
 
+import itertools
 import json
 import pathlib
 import socket
 import subprocess
 import sys
 import time
+
+import jax
+import numpy as np
 
 from stvdm.train.telemetry import METRICS_FILE, read_metrics
 
@@ -17,7 +21,7 @@ NUM_DEVICES = 4
 class Run:
     """The processes of a run; they are killed if the test leaves them behind."""
 
-    def __init__(self, workdir, config, *, kind="autoencoder", num_processes=2, num_devices=NUM_DEVICES, seconds=0.0):
+    def __init__(self, workdir, config, *, kind="autoencoder", num_processes=2, num_devices=NUM_DEVICES, **more):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -30,7 +34,7 @@ class Run:
             "num_processes": num_processes,
             "port": port,
             "devices": num_devices // num_processes,
-            "seconds": seconds,
+            **more,
         }
         description = workdir.parent / f"{workdir.name}.json"
         description.write_text(json.dumps(settings))
@@ -72,6 +76,17 @@ class Run:
         return "\n".join(f"--- {log.name}\n{log.read_text()[-6000:]}" for log in self.logs)
 
 
+def anywhere(program):
+    """The program with every weight random: fresh ones are zero where it matters, and much would not show."""
+
+    def init():
+        boxed, count = jax.eval_shape(program.init), itertools.count()
+        draw = lambda leaf: np.random.default_rng(next(count)).normal(0, 0.2, leaf.shape).astype(leaf.dtype)  # noqa: E731
+        return jax.tree.map(draw, boxed)
+
+    return program._replace(init=init)
+
+
 def steps_written(workdir):
     path = workdir / METRICS_FILE
     lines = path.read_text().splitlines() if path.exists() else []
@@ -80,6 +95,11 @@ def steps_written(workdir):
 
 def losses(workdir):
     return {record["step"]: record["loss"] for record in read_metrics(workdir) if "loss" in record}
+
+
+def losses_and_gradients(workdir):
+    """Of every step its loss and the norm of its gradients."""
+    return np.array([(record["loss"], record["grad_norm"]) for record in read_metrics(workdir) if "loss" in record])
 
 
 def saved(workdir):

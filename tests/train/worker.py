@@ -2,7 +2,7 @@
 """One process of a run, for tests that end it badly: worker.py RUN.json PROCESS_ID.
 
 RUN.json: {"kind", "config" (all of it), "workdir", "num_processes", "port", "devices" (of each process),
-"seconds" (that each batch takes, so that there is time to interfere)}.
+"seconds" (that each batch takes, so that there is time to interfere), "anywhere" (start from random weights)}.
 """
 
 import itertools
@@ -27,6 +27,8 @@ if run["num_processes"] > 1:
         shutdown_timeout_seconds=20,
     )
 
+import runs  # noqa: E402
+
 from stvdm import config as base  # noqa: E402
 from stvdm import sharding  # noqa: E402
 from stvdm.data.loader import Loader  # noqa: E402
@@ -47,9 +49,12 @@ draw = Loader.__next__
 
 
 def slow_draw(self):
-    time.sleep(run["seconds"])
+    time.sleep(run.get("seconds", 0.0))
     return draw(self)
 
 
 Loader.__next__ = slow_draw
+if run.get("anywhere"):
+    program = dit.program
+    dit.program = lambda config, coder: runs.anywhere(program(config, coder))
 {"autoencoder": autoencoder, "dit": dit}[run["kind"]].main(config.lock(), run["workdir"])
