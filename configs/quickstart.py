@@ -50,10 +50,10 @@ def _autoencoder() -> ConfigDict:
     config.data.buckets = ((17, 32, 32, 8, 1.0),)
     config.loss.absolute, config.loss.squared = 0.0, 1.0
     config.optimizer.learning_rate = 1e-2
-    config.total_steps = 800
+    config.total_steps = 400
     config.ema_decay = 0.99
     config.eval_every = 400
-    config.checkpoint_every = 400
+    config.checkpoint_every = 200
     config.statistics_batches = 32
     return config
 
@@ -68,15 +68,16 @@ def _dit() -> ConfigDict:
     config.model.num_layers = 4
     config.model.num_heads = 4
     config.model.mlp_width = 512
+    config.model.scan_layers = False  # layers written out take less time on two cores
     config.text.width = 64
     config.text.num_layers = 1
     config.flow.mean = 1.2
     config.flow.std = 1.2
     config.optimizer.learning_rate = 5e-3
-    config.total_steps = 1_500
+    config.total_steps = 700
     config.ema_decay = 0.99
-    config.eval_every = 500
-    config.checkpoint_every = 500
+    config.eval_every = 700
+    config.checkpoint_every = 350
     config.sample.steps = 20
     config.sample.guidance = 3.0
     config.sample.previews = ("a red ball bounces to the right", "a blue square grows")

@@ -176,7 +176,7 @@ def _by_things(scenes: Sequence[Scene]) -> Iterator[tuple[int, np.ndarray, list[
     counts = np.asarray([len(scene.things) for scene in scenes])
     for num_things in np.unique(counts).tolist():
         which = np.flatnonzero(counts == num_things)
-        yield num_things, which, [scenes[index] for index in which]
+        yield num_things, which, [scenes[index] for index in which.tolist()]
 
 
 def _cell(row: physics.Row) -> dict[str, float]:

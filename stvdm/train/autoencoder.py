@@ -87,7 +87,7 @@ def program(config: ConfigDict) -> Program:
         state, taken = state_lib.update(
             state, grads, loss=metrics["loss"], optimizer=optimizer, ema_decay=config.ema_decay
         )
-        return state, {**metrics, **taken, "learning_rate": rate(state.step)}
+        return state, {**metrics, **taken, "learning_rate": rate(state.step - 1)}
 
     # Evaluation.
     def evaluate(params: Tree, batch: Tree) -> tuple[Metrics, jax.Array]:
@@ -125,6 +125,7 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
         checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints, gets_on=supervisor.beat) as checkpoints,
     ):
         # Restore or initialise.
+        state_lib.check_kind(checkpoints, config)
         batches, held_out = state_lib.open_batches(config, mesh)
         state, first_step, changed = state_lib.resume(checkpoints, config, run, mesh, position=batches.position)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state)

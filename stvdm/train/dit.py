@@ -114,7 +114,7 @@ def program(config: ConfigDict, coder: Autoencoder) -> Program:
         state, taken = state_lib.update(
             state, grads, loss=metrics["loss"], optimizer=optimizer, ema_decay=config.ema_decay
         )
-        return state, {**metrics, **taken, "learning_rate": rate(state.step)}
+        return state, {**metrics, **taken, "learning_rate": rate(state.step - 1)}
 
     # Evaluation: at fixed times, with fixed noise.
     def held_out_loss(params: Tree, batch: Tree, frozen: Tree, key: jax.Array) -> Metrics:
@@ -154,6 +154,7 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
         checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints, gets_on=supervisor.beat) as checkpoints,
     ):
         # Autoencoder, data and words.
+        state_lib.check_kind(checkpoints, config)
         coder_params, coder_description = load_autoencoder(config.autoencoder)
         coder = pipeline.autoencoder_of(coder_description["autoencoder"])
         check_buckets(config, coder)

@@ -113,21 +113,28 @@ def resume(
     It is that of the newest checkpoint, or a fresh one. Memory never holds both.
 
     Raises:
-      ValueError: if the data at ``position``, or the optimiser, is not what the checkpoint was trained with, or it is
-        of the other kind of training.
+      ValueError: if the data at ``position``, or the optimiser, is not what the checkpoint was trained with.
     """
     if checkpoints.latest is None:
         return initialise(program, mesh)[0], 0, []
     before = checkpoints.config()
-    if before["kind"] != config.kind:
-        raise ValueError(
-            f"the checkpoints in this workdir are of kind {before['kind']!r}: expected {config.kind!r}, so give each "
-            "training a --workdir of its own."
-        )
     first_step = check_position(checkpoints.position(), position)
     _check_optimizer(before["optimizer"], config.optimizer)
     state, _ = checkpoints.restore(abstract_state(program, mesh))
     return state, first_step, changed_settings(before, config.to_dict())
+
+
+def check_kind(checkpoints: Checkpoints, config: ConfigDict) -> None:
+    """Refuses a workdir of the other kind of training, before anything is opened for it.
+
+    Raises:
+      ValueError: if its checkpoints are of another kind than ``config``.
+    """
+    if checkpoints.latest is not None and (kind := checkpoints.config()["kind"]) != config.kind:
+        raise ValueError(
+            f"the checkpoints in this workdir are of kind {kind!r}: expected {config.kind!r}, so give each training a "
+            "--workdir of its own."
+        )
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], *, prefix: str = "") -> list[str]:
