@@ -237,7 +237,7 @@ def compiled(config: ConfigDict, coder: Autoencoder, where: Topology, plan: Outl
         out = jax.tree.map(lambda leaf: leaf.sharding, arguments[0])
         lowered = jax.jit(program.step, donate_argnums=0, out_shardings=(out, None)).lower(*arguments)
         try:
-            program_here = lowered.compile(compiler_options=COMPILER_FLAGS[where.chip])
+            program_here = lowered.compile(compiler_options={**COMPILER_FLAGS[where.chip]})
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise

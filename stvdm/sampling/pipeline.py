@@ -273,7 +273,7 @@ class Pipeline:
         mean, _ = _encode(self.autoencoder, self.params["autoencoder"], to_model_range(video_BTHWC))
         return autoencoder3d.normalise(mean, self.params["statistics"])
 
-    def decode(self, latent_Bthwz: jax.Array) -> np.ndarray:
+    def decode(self, latent_Bthwz: np.ndarray | jax.Array) -> np.ndarray:
         """uint8 videos of normalised latents, one latent frame at a time through the decoder."""
         latent = autoencoder3d.denormalise(jnp.asarray(latent_Bthwz), self.params["statistics"])
         chunks = autoencoder3d.stream_decode(self.autoencoder, self.params["autoencoder"], latent, chunk_latents=1)
