@@ -391,7 +391,8 @@ def test_data_check_prints_what_would_be_skipped(tmp_path, capsys):
 
 
 def test_help_of_every_command_has_an_example_that_parses(capsys):
-    for command in ("generate", "train", "supervise", "preprocess", "evaluate", "data kinetic_shapes", "data check"):
+    plain = ("generate", "train", "supervise", "preprocess", "evaluate", "plan")
+    for command in (*plain, "data kinetic_shapes", "data check"):
         with pytest.raises(SystemExit) as stopped:
             cli.main([*command.split(), "--help"])
         assert stopped.value.code == 0
