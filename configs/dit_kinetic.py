@@ -6,6 +6,8 @@ Two CPU cores, 88 minutes with little else running; what it reached is in stvdm/
     stvdm train autoencoder --config=configs/autoencoder_kinetic.py --workdir=runs/autoencoder
     stvdm preprocess --config=configs/autoencoder_kinetic.py --checkpoint=runs/autoencoder --out=runs/latents \
         --config.data.num_clips=40000
+    stvdm preprocess --config=configs/autoencoder_kinetic.py --checkpoint=runs/autoencoder \
+        --out=runs/latents_validation --split=validation --config.data.num_clips=1000
     stvdm train dit --config=configs/dit_kinetic.py --workdir=runs/dit
 
 Variants: `full`, and `frame`: the same with each latent frame attending to itself alone, the control that shows what
@@ -40,6 +42,7 @@ def get_config(variant: str = "full") -> ConfigDict:
     config.data.source = "latents"
     config.data.world = WORLD
     config.data.path = "runs/latents"
+    config.data.validation_path = "runs/latents_validation"
     config.data.buckets = ((17, 32, 32, 32, 1.0),)
     config.model.attention = (variant,)
     config.model.positions = "sincos" if variant == "frame" else "rotary"
@@ -55,9 +58,10 @@ def get_config(variant: str = "full") -> ConfigDict:
     config.flow.std = 1.2
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = 4e-3
-    config.optimizer.schedule = "wsd"  # a run found too short goes on, with a larger total_steps, from before its decay
+    config.optimizer.schedule = "wsd"
     config.total_steps = 8_000
     config.ema_decay = 0.998
+    config.export_dtype = "float16"
     config.log_every = 50
     config.eval_every = 1_000
     config.checkpoint_every = 500

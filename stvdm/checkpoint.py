@@ -97,18 +97,21 @@ class Checkpoints:
         return self._manager.restore(self.latest, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
 
 
-def save_model(directory: epath.PathLike, params: Tree, description: Mapping[str, Any]) -> str:
-    """Writes ``model.safetensors`` (float32 or as given) and ``model.json``; returns the digest of the weights.
+def save_model(
+    directory: epath.PathLike, params: Tree, description: Mapping[str, Any], *, dtype: str = "float32"
+) -> str:
+    """Writes ``model.safetensors`` and ``model.json``; returns the digest of the weights.
 
     Args:
       params: nested dicts of arrays; the path of a leaf, joined by '/', is its name in the file.
       description: JSON that says how to build the model; the digest is added to it.
+      dtype: of the weights in the file: float32, bfloat16 or float16.
     """
     from safetensors.flax import save
 
     target = epath.Path(directory).expanduser()
     target.mkdir(parents=True, exist_ok=True)
-    flat = {name: jnp.asarray(leaf) for name, leaf in traverse_util.flatten_dict(params, sep="/").items()}
+    flat = {name: jnp.asarray(leaf, dtype) for name, leaf in traverse_util.flatten_dict(params, sep="/").items()}
     data = save(dict(sorted(flat.items())))
     digest = hashlib.sha256(data).hexdigest()
     # The description names the digest of the weights, so a model whose two files do not belong together is refused.

@@ -2,7 +2,7 @@
 """The one console command: `stvdm generate | train | preprocess | evaluate | data`.
 
     stvdm generate "a red ball bounces to the right"
-    stvdm train dit --config=configs/quickstart.py --workdir=runs/dit --config.seed=1
+    stvdm train autoencoder --config=configs/quickstart.py:autoencoder --workdir=runs/autoencoder --config.seed=1
 
 Each command parses here, imports what it needs, calls one function of the library and prints what came of it. What the
 user can put right (ValueError, a missing file) is one line and exit status 2; `--debug` shows where it came from.
@@ -15,6 +15,7 @@ import hashlib
 import importlib
 import json
 import os
+import platform
 import re
 import shlex
 import sys
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstvdm: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:  # of imports, e.g. gcsfs, for gs://
         if args.debug:
             raise
         print(f"stvdm: error: {error}\n(`--debug` shows where)", file=sys.stderr)
@@ -138,6 +139,8 @@ def _add_generate(commands: Any) -> None:
 
 def _generate(args: argparse.Namespace) -> None:
     _compilation_cache()
+    import jax
+
     from stvdm.data import video
     from stvdm.sampling import pipeline
 
@@ -174,6 +177,8 @@ def _generate(args: argparse.Namespace) -> None:
             "latent_sha256": hashlib.sha256(latent.tobytes()).hexdigest(),
             "command": shlex.join(["stvdm", *args.argv]),
             "versions": _versions(),
+            "device": jax.devices()[0].device_kind,
+            "machine": platform.platform(),
         }
         (output / f"{stem}.json").write_text(json.dumps(record, indent=2, default=_plain) + "\n", encoding="utf-8")
     video.contact_sheet(list(result.videos), result.prompts).save(output / "contact.png")
@@ -198,10 +203,11 @@ def _stems(prompts: Sequence[str], seeds: Sequence[int]) -> list[str]:
 def _versions() -> dict[str, str]:
     import flax
     import jax
+    import jaxlib
     import numpy
 
     python = ".".join(map(str, sys.version_info[:3]))
-    packages = {"flax": flax, "jax": jax, "numpy": numpy, "stvdm": stvdm}
+    packages = {"flax": flax, "jax": jax, "jaxlib": jaxlib, "numpy": numpy, "stvdm": stvdm}
     return {"python": python, **{name: package.__version__ for name, package in packages.items()}}
 
 
@@ -255,19 +261,25 @@ def _add_preprocess(commands: Any) -> None:
         "preprocess",
         _preprocess,
         "compute the latents of a data set once",
-        "stvdm preprocess --config=configs/quickstart.py:dit --checkpoint=runs/autoencoder --out=data/latents",
+        "stvdm preprocess --config=configs/autoencoder_kinetic.py --checkpoint=runs/autoencoder --out=runs/latents",
         "Then train on them with --config.data.source=latents --config.data.path=DIR.",
     )
     _add_config(command)
     command.add_argument("--checkpoint", metavar="DIR", help="the trained autoencoder (default: the config's)")
     command.add_argument("--out", required=True, metavar="DIR", help="folder of the latents")
+    command.add_argument(
+        "--split",
+        choices=("train", "validation"),
+        default="train",
+        help="validation: the held-out clips of kinetic shapes, or those of data.validation_path (default: train)",
+    )
     command.add_argument("--batch", type=_count, default=16, metavar="B", help="clips encoded at once (default 16)")
 
 
 def _preprocess(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides)
-    folder = Path(args.checkpoint or (config.autoencoder if config.kind == "dit" else ""))
-    if folder == Path():
+    folder = args.checkpoint or (config.autoencoder if config.kind == "dit" else "")
+    if not folder:
         raise ValueError(
             "--checkpoint='': expected the folder of a trained autoencoder, so name the one to encode with"
         )
@@ -290,7 +302,7 @@ def _preprocess(args: argparse.Namespace) -> None:
         show("looking at the clips")
         about = preprocess.preprocess(
             lambda video_BTHWC: encode(params["autoencoder"], video_BTHWC),
-            loader.configured_source(data, seed=config.seed),
+            loader.configured_source(data, seed=config.seed, split=args.split),
             args.out,
             buckets=data.buckets,
             seed=config.seed,

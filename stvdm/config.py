@@ -30,7 +30,7 @@ def autoencoder() -> ConfigDict:
         absolute=1.0,  # weight of |x - x'|, averaged over values
         squared=0.0,  # weight of (x - x')², averaged over values
         kl=1e-6,  # weight of KL(q(z|x) | N(0, 1)), averaged over latent values
-        perceptual=0.0,  # weight of the distance between features of a fixed network
+        perceptual=0.0,  # weight of the distance between features of a network with fixed random weights
         adversarial=0.0,  # weight of the discriminator's verdict, balanced by gradient norms
         adversarial_start=0,  # steps before the discriminator's verdict counts
     )
@@ -75,6 +75,7 @@ def dit() -> ConfigDict:
         std=1.0,  # of the logit
         stratified=True,  # one time from each of B equal strata, in place of B independent times
         shift=1.0,  # times are moved by t -> shift t / (1 + (shift - 1) t); 0: by token count
+        base_tokens=0,  # tokens of a clip for which shift 0 is 1; 0: those of the largest bucket
         caption_dropout=0.1,  # share of captions replaced by "" (for classifier-free guidance)
     )
     config.sample = _section(  # how previews and evaluation sample, and what `stvdm generate` starts from
@@ -84,7 +85,7 @@ def dit() -> ConfigDict:
         guidance_interval=(0.0, 1.0),  # times between which guidance acts
         guidance_rescale=0.0,  # 0: none, 1: keep the deviation of the conditional prediction
         shift=1.0,  # of the sampling schedule; 0: by token count
-        previews=("a red ball bounces to the right", "a blue square grows"),
+        previews=(),  # prompts that are sampled with each evaluation; none: captions of held-out clips
     )
     return config.lock()
 
@@ -129,7 +130,8 @@ def _common() -> ConfigDict:
     config.data = _section(
         source="kinetic_shapes",  # 'kinetic_shapes', 'folder' (your own videos) or 'latents' (from `stvdm preprocess`)
         path="",  # folder of the source; kinetic_shapes without one is rendered as it is read
-        validation_path="",  # of 'folder' and 'latents': held-out clips; empty: evaluation sees training clips
+        validation_path="",  # of 'folder' and 'latents': held-out clips
+        validation_share=0.05,  # of 'folder' and 'latents' without that: clips that are held out
         num_clips=50_000,  # clips of the rendered world
         world=(),  # of the rendered world: (field, value) pairs in place of kinetic_shapes.World's defaults
         fps=8.0,  # frames per second that clips are read at
@@ -153,6 +155,7 @@ def _common() -> ConfigDict:
     config.ema_decay = 0.999  # of the averaged weights, which are what is evaluated and exported
     config.max_skipped = 100  # steps with non-finite gradients that may be skipped before the run stops
     config.mesh = _section(data=-1, fsdp=1, context=1, tensor=1)  # devices along each axis; -1: the rest
+    config.export_dtype = "float32"  # of the weights in the exported model: float32, bfloat16 or float16
     config.log_every = 20  # steps
     config.eval_every = 1000  # steps; 0: never
     config.eval_batches = 4  # held-out batches an evaluation looks at, the same every time
@@ -195,6 +198,12 @@ def _problems(config: ConfigDict) -> Iterator[str]:
     yield from _choice("optimizer.schedule", optimizer.schedule, ("cosine", "linear", "constant", "wsd"))
     if data.source in ("folder", "latents") and not data.path:
         yield f"data.path='': data.source={data.source!r} needs the folder to read."
+    yield from _choice("export_dtype", config.export_dtype, ("float32", "bfloat16", "float16"))
+    yield from _choice("model.dtype", config.model.dtype, ("float32", "bfloat16"))
+    if not 0 < data.validation_share < 1:
+        yield f"data.validation_share={data.validation_share}: expected 0 < share < 1."
+    if not data.buckets:
+        yield "data.buckets=(): expected at least one (num_frames, height, width, batch, weight)."
     for where, value in (
         ("total_steps", config.total_steps),
         ("log_every", config.log_every),
@@ -239,6 +248,7 @@ def _autoencoder_problems(config: ConfigDict) -> Iterator[str]:
     model = config.model
     yield from _choice("model.grouping", model.grouping, ("causal", "uniform", "frame"))
     yield from _choice("model.convolution", model.convolution, ("full", "separable"))
+    yield from _choice("model.remat", model.remat, ("nothing", "stages"))
     if config.data.source == "latents":
         yield "data.source='latents': an autoencoder trains on videos; use 'kinetic_shapes' or 'folder'."
     stages = len(model.multipliers)
@@ -260,13 +270,21 @@ def _dit_problems(config: ConfigDict) -> Iterator[str]:
     yield from _choice("sample.sampler", config.sample.sampler, ("euler", "heun", "dpm++", "unipc"))
     yield from _choice("model.text_path", model.text_path, ("cross", "joint"))
     yield from _choice("model.positions", model.positions, ("rotary", "sincos"))
+    yield from _choice("model.remat", model.remat, ("nothing", "attention", "projections", "everything"))
+    low, high = config.sample.guidance_interval
+    if not 0 <= low < high <= 1:
+        yield f"sample.guidance_interval={(low, high)}: expected 0 <= low < high <= 1, times of which 1 is noise."
+    if not 0 <= config.sample.guidance_rescale <= 1:
+        yield f"sample.guidance_rescale={config.sample.guidance_rescale}: expected 0 <= share <= 1."
+    if not model.attention:
+        yield "model.attention=(): expected at least one pattern."
     for pattern in model.attention:
         yield from _choice("model.attention", pattern, ("full", "frame", "time", "window", "block_causal"))
     if model.width % model.num_heads:
         yield f"model.width={model.width}: expected a multiple of model.num_heads={model.num_heads}."
     elif model.positions == "rotary" and (model.width // model.num_heads) % 2:
         yield f"model.width / num_heads={model.width // model.num_heads}: rotary positions need an even head width."
-    if model.num_layers % len(model.attention):
+    if model.attention and model.num_layers % len(model.attention):
         yield (
             f"model.num_layers={model.num_layers}: expected a multiple of {len(model.attention)}, "
             f"the cycle of model.attention={tuple(model.attention)}."
@@ -289,6 +307,8 @@ def _without_effect(config: ConfigDict) -> Iterator[str]:
             yield f"model.temporal_down={tuple(model.temporal_down)} has no effect: model.grouping='frame' keeps time."
         return
     flow, sample = config.flow, config.sample
+    if config.data.flip and config.data.source == "latents":
+        yield "data.flip has no effect: latents are not mirrored; `stvdm preprocess` would have to."
     if flow.density == "uniform" and (flow.mean, flow.std) != (0.0, 1.0):
         yield f"flow.mean={flow.mean}, flow.std={flow.std} have no effect: flow.density='uniform'."
     if sample.guidance == 1 and (tuple(sample.guidance_interval), sample.guidance_rescale) != ((0.0, 1.0), 0.0):

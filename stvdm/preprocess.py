@@ -73,6 +73,11 @@ def preprocess(
     """
     if dtype not in ("float16", "float32"):
         raise ValueError(f"dtype={dtype!r}: expected 'float16' or 'float32', so choose one of them")
+    if "://" in str(directory):
+        raise ValueError(
+            f"directory={str(directory)!r}: expected a folder, as shards are written and read as files; mount the "
+            "bucket, e.g. with gcsfuse, and give the folder where it is mounted"
+        )
     if source.kind != "video":
         raise ValueError(f"source.kind={source.kind!r}: these are latents already, so give the source of the videos")
     # The weights and batch sizes say nothing about what is written: leave them out of its identity.

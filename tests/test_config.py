@@ -42,6 +42,22 @@ def test_all_problems_are_reported_at_once():
         assert part in message
 
 
+def test_choices_and_empty_lists_are_checked():
+    config = base.dit()
+    config.autoencoder = "runs/autoencoder"
+    config.model.remat = "most"
+    config.model.attention = ()
+    config.data.buckets = ()
+    config.data.validation_share = 0.0
+    config.sample.guidance_interval = (0.9, 0.1)
+    config.export_dtype = "float8"
+    with pytest.raises(ValueError) as error:
+        base.validate(config)
+    for part in ("model.remat='most'", "model.attention=()", "data.buckets=()", "validation_share=0.0", "(0.9, 0.1)"):
+        assert part in str(error.value)
+    assert "export_dtype='float8': expected one of float32, bfloat16, float16" in str(error.value)
+
+
 def test_clips_that_the_autoencoder_cannot_compress_are_refused():
     config = base.autoencoder()
     config.data.buckets = ((16, 64, 60, 8, 1.0),)

@@ -31,7 +31,10 @@ import numpy as np
 from stvdm.data.video import DEFAULT_LIMITS, BadVideo, Limits, VideoInfo, probe, read_video
 
 VIDEO_SUFFIXES = frozenset(
-    ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .flv .ogv .wmv .gif .png .jpg .jpeg .webp".split()
+    (
+        ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .vob .3gp .3g2 .flv .f4v .ogv .wmv .asf .mxf "
+        ".gif .png .jpg .jpeg .webp"
+    ).split()
 )
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 
@@ -110,8 +113,14 @@ class FolderSource:
             for file in self.path.rglob("*")
             if file.suffix.lower() in VIDEO_SUFFIXES and not file.name.startswith(".") and file.is_file()
         )
-        listed_but_absent = dict.fromkeys(sorted(captions.keys() - set(found)), "named in the metadata, but not there")
-        self.report = SkipReport(len(found) + len(listed_but_absent), listed_but_absent)
+        others = sorted(captions.keys() - set(found))
+        not_used = {
+            name: f"{Path(name).suffix or 'no suffix'}: not one of {' '.join(sorted(VIDEO_SUFFIXES))}"
+            if (self.path / name).is_file()
+            else "named in the metadata, but not there"
+            for name in others
+        }
+        self.report = SkipReport(len(found) + len(not_used), not_used)
         self.names: list[str] = []
         self.captions: list[str] = []
         self.infos: list[VideoInfo] = []

@@ -146,16 +146,76 @@ def open_source(
     raise ValueError(f"source={kind!r}: expected 'kinetic_shapes', 'folder' or 'latents', so name one of them")
 
 
-def configured_source(data: Any, *, seed: int, split: kinetic_shapes.Split = "train") -> Source:
-    """The source of a config's ``data`` section.
+class Part:
+    """Some examples of a source."""
 
-    Held-out clips are the rendered world's validation split, or what lies in ``data.validation_path``; where that is
-    empty they are the training clips themselves.
+    def __init__(self, source: Source, indices: Sequence[int]):
+        self._source, self._indices = source, list(indices)
+        self.kind = source.kind
+        self.fingerprint = _digest("part", source.fingerprint, self._indices)
+        self.shapes = None if source.shapes is None else [source.shapes[index] for index in self._indices]
+        if hasattr(source, "names"):
+            self.names = [source.names[index] for index in self._indices]
+        self.report = getattr(source, "report", SkipReport(num_found=len(source)))
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def read(self, index: int, **how: Any) -> dict[str, Any]:
+        return self._source.read(self._indices[index], **how)
+
+    def caption(self, index: int) -> str:
+        return self._source.caption(self._indices[index])
+
+
+def configured_sources(data: Any, *, seed: int) -> tuple[Source, Source]:
+    """(training clips, held-out clips) of a config's ``data`` section.
+
+    Held out are the validation split of kinetic shapes, what lies in ``data.validation_path``, or else the share
+    ``data.validation_share`` of the clips, evenly spaced and at least one for each bucket that has two.
     """
-    held_out = data.source != "kinetic_shapes" and split != "train" and data.validation_path
+    train = configured_source(data, seed=seed)
+    if data.source == "kinetic_shapes" or data.validation_path:
+        return train, configured_source(data, seed=seed, split="validation")
+    held_out = _held_out(members_of([train], bucketing.parse(data.buckets)), share=data.validation_share)
+    if not held_out:
+        warnings.warn("too few clips to hold any out: evaluation sees those that are trained on", stacklevel=2)
+        return train, train
+    return Part(train, sorted(set(range(len(train))) - held_out)), Part(train, sorted(held_out))
+
+
+def _held_out(members: Sequence[np.ndarray | range], *, share: float) -> set[int]:
+    """Every so many-th example of each bucket; each bucket keeps one to train on."""
+    every = max(2, round(1 / share))
+    owners: dict[int, list[int]] = {}
+    for k, indices in enumerate(members):
+        for index in map(int, indices):
+            owners.setdefault(index, []).append(k)
+    left, chosen = [len(indices) for indices in members], set()
+    for indices in members:
+        for index in map(int, indices[every - 1 :: every] if len(indices) >= every else indices[-1:]):
+            if index not in chosen and all(left[k] > 1 for k in owners[index]):
+                chosen.add(index)
+                for k in owners[index]:
+                    left[k] -= 1
+    return chosen
+
+
+def configured_source(data: Any, *, seed: int, split: kinetic_shapes.Split = "train") -> Source:
+    """All clips of one split of a config's ``data`` section: of kinetic shapes, or of ``path`` or ``validation_path``.
+
+    Raises:
+      ValueError: for another split than "train" of a folder or of latents that names no ``validation_path``.
+    """
+    separate = data.source != "kinetic_shapes" and split != "train"
+    if separate and not data.validation_path:
+        raise ValueError(
+            f"split={split!r}: data.validation_path='': expected the folder of the held-out clips, so name it, or take "
+            "the split 'train'"
+        )
     return open_source(
         data.source,
-        data.validation_path if held_out else data.path,
+        data.validation_path if separate else data.path,
         fps=data.fps,
         num_clips=data.num_clips,
         seed=seed,
@@ -324,8 +384,20 @@ def check_position(saved: Mapping[str, Any], now: Mapping[str, Any]) -> int:
     return int(saved["step"])
 
 
-def members_of(sources: Sequence[Source], buckets: Sequence[Bucket]) -> list[np.ndarray | range]:
-    """For each bucket, the global indices of the examples that go to it."""
+def served(source: Source, buckets: Sequence[Any]) -> list[Any]:
+    """Those of a config's buckets that some example fits."""
+    members = members_of([source], bucketing.parse(buckets), allow_empty=True)
+    return [bucket for bucket, indices in zip(buckets, members, strict=True) if len(indices)]
+
+
+def members_of(
+    sources: Sequence[Source], buckets: Sequence[Bucket], *, allow_empty: bool = False
+) -> list[np.ndarray | range]:
+    """For each bucket, the global indices of the examples that go to it.
+
+    Raises:
+      ValueError: if a bucket would have none, unless ``allow_empty``.
+    """
     total = sum(len(source) for source in sources)
     if all(source.shapes is None for source in sources):
         return [range(total)] * len(buckets)
@@ -348,7 +420,7 @@ def members_of(sources: Sequence[Source], buckets: Sequence[Bucket]) -> list[np.
                 found[k].append(start + index)
         start += len(source)
     for bucket, indices in zip(buckets, found, strict=True):
-        if not indices:
+        if not indices and not allow_empty:
             common = ", ".join(
                 f"{'x'.join(map(str, s))} ({n})" for s, n in sorted(seen.items(), key=lambda x: -x[1])[:5]
             )

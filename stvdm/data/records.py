@@ -3,7 +3,7 @@
 
     directory/
       00000.array_record   one msgpack map an example: arrays as {dtype, shape, data}; zstd, random access
-      00000.json           count, digest and shapes of that shard; written last, so a shard without it does not count
+      00000.json           count, digest, shapes, captions of that shard; written last: one without it does not count
       ...
       index.npy            (num_examples, 3): frames, height, width of every clip, for its bucket
       metadata.json        kind, schema, count, shards, fingerprint, what the writer says of itself; written at the end
@@ -31,7 +31,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from stvdm.data.video import BadVideo
 
-VERSION = 1
+VERSION = 2
 
 
 def encode(example: Mapping[str, Any]) -> bytes:
@@ -65,7 +65,7 @@ def write_shard(
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{shard:05d}.array_record"
-    digest, shapes, schema = hashlib.sha256(), [], {}
+    digest, shapes, captions, schema = hashlib.sha256(), [], [], {}
     unfinished = path.with_suffix(".array_record.unfinished")
     # group_size:1 is one record a block: reading one example decompresses no other.
     writer = ArrayRecordWriter(str(unfinished), "group_size:1,zstd:3")
@@ -75,12 +75,13 @@ def write_shard(
             writer.write(record)
             digest.update(record)
             shapes.append(_clip_shape(example))
+            captions.append(example.get("caption", ""))
             schema = {key: _describe(value) for key, value in example.items()}
     finally:
         writer.close()
     unfinished.replace(path)
     sidecar = {"count": len(shapes), "sha256": digest.hexdigest(), "schema": schema, "job": job}
-    sidecar |= {"skipped": dict(skipped or {}), "shapes": shapes}
+    sidecar |= {"skipped": dict(skipped or {}), "shapes": shapes, "captions": captions}
     _write_json(path.with_suffix(".json"), sidecar)
 
 
@@ -162,6 +163,8 @@ class RecordSource:
         self.fingerprint: str = self.metadata["fingerprint"]
         self.shapes = np.load(folder / "index.npy")
         shards = [str(folder / shard["file"]) for shard in self.metadata["shards"] if shard["count"]]
+        self._sidecars = [path.removesuffix(".array_record") + ".json" for path in shards]
+        self._captions: list[str] = []  # read when first asked for
         self._records = ArrayRecordDataSource(shards)
         if not len(self._records) == len(self.shapes) == self.metadata["count"]:
             raise ValueError(
@@ -183,7 +186,10 @@ class RecordSource:
         return example
 
     def caption(self, index: int) -> str:
-        return decode(self._records[index])["caption"]
+        if not self._captions:  # of all shards at once: decoding whole latents for their captions would take hours
+            for sidecar in self._sidecars:
+                self._captions += json.loads(Path(sidecar).read_text("utf-8"))["captions"]
+        return self._captions[index]
 
 
 def _pack(value: Any) -> Any:

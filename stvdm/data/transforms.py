@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pixels and frames into the shape of a bucket, and into the range of a model. NumPy and Pillow only.
+"""Pixels and frames into the shape of a bucket. NumPy and Pillow only.
 
 A clip is scaled until it just covers the target (aspect kept), then what hangs over is cut away:
 
@@ -7,7 +7,6 @@ A clip is scaled until it just covers the target (aspect kept), then what hangs 
 
     video = resize_and_crop(video, 64, 96)          # uint8 (T, H, W, 3) -> (T, 64, 96, 3)
     video = choose_clip(video, 17, rng=rng)         # 17 frames in a row, from anywhere in the clip
-    video = to_model_range(video)                   # float32 in [-1, 1]
 
 There is no colour or geometric augmentation here, and the horizontal flip is something one must ask for: captions say
 "left" and "right", and a flipped clip of "a ball rolls to the right" teaches the opposite of what it says.
@@ -15,18 +14,6 @@ There is no colour or geometric augmentation here, and the horizontal flip is so
 
 import numpy as np
 from PIL import Image
-
-
-def to_model_range(video: np.ndarray) -> np.ndarray:
-    """uint8 in [0, 255] -> float32 in [-1, 1]."""
-    if video.dtype != np.uint8:
-        raise ValueError(f"video.dtype={video.dtype}: expected uint8 pixels, so convert with `from_model_range` first")
-    return video.astype(np.float32) / 127.5 - 1.0
-
-
-def from_model_range(video: np.ndarray) -> np.ndarray:
-    """float in [-1, 1] -> uint8 in [0, 255]; what lies outside is clipped."""
-    return np.clip(np.round((np.asarray(video, np.float32) + 1.0) * 127.5), 0, 255).astype(np.uint8)
 
 
 def cover_size(height: int, width: int, target_height: int, target_width: int) -> tuple[int, int]:

@@ -285,6 +285,8 @@ def _open(file: File, limits: Limits) -> Iterator[tuple[Any, Any]]:
             if not container.streams.video:
                 raise BadVideo("no video stream in it")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise BadVideo("no decoder for its codec")
             pixels = stream.codec_context.width * stream.codec_context.height
             if pixels > limits.num_pixels:
                 raise BadVideo(f"frames of {pixels} pixels: the limit is {limits.num_pixels}")

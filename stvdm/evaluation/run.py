@@ -14,7 +14,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,10 @@ def main(
             "device": jax.devices()[0].device_kind,
         },
         "items": table(columns),
+        "all_right_by_things": {
+            num_things: _cell(score_all(result.videos[which], scenes_of, fps=pipeline.fps, world=world)["all_right"])
+            for num_things, which, scenes_of in _by_things(scenes)
+        },
         "reconstruction": reconstruction(rebuilt, real),
         "flicker": {
             name: float(metrics.flicker(to_model_range(videos)).mean())
@@ -122,7 +126,7 @@ def table(columns: dict[str, dict[str, physics.Row]]) -> dict[str, Any]:
             items[item] = {"not_reported": f"real clips score {real.mean:.3f}, below {physics.CEILING}"}
             continue
         items[item] = {
-            name: {"mean": row.mean, "low": row.low, "high": row.high, "num": row.num}
+            name: _cell(row)
             for name, row in ((name, rows[item]) for name, rows in columns.items())
             if not math.isnan(row.mean)
         }
@@ -151,6 +155,13 @@ def as_text(report: dict[str, Any]) -> str:
         shown = [cells.get(name) for name in columns]
         texts = [f"{c['mean']:.3f} [{c['low']:.3f}, {c['high']:.3f}]" if c else "-" for c in shown]
         lines.append(f"{item:18}" + "".join(f"{text:>24}" for text in texts) + f"{cells['real']['num']:>7}")
+    lines.append(
+        "all right in generated clips: "
+        + ", ".join(
+            f"of {n} {'thing' if n == 1 else 'things'} {c['mean']:.3f} [{c['low']:.3f}, {c['high']:.3f}] ({c['num']})"
+            for n, c in report["all_right_by_things"].items()
+        )
+    )
     rebuilt = report["reconstruction"]
     lines.append(
         f"autoencoder: PSNR {rebuilt['psnr_db']:.2f} dB, SSIM {rebuilt['ssim']:.3f}, "
@@ -158,6 +169,18 @@ def as_text(report: dict[str, Any]) -> str:
     )
     lines.append("mean |frame-to-frame change|: " + ", ".join(f"{k} {v:.4f}" for k, v in report["flicker"].items()))
     return "\n".join(lines)
+
+
+def _by_things(scenes: Sequence[Scene]) -> Iterator[tuple[int, np.ndarray, list[Scene]]]:
+    """(number of things, which scenes have so many, those scenes)."""
+    counts = np.asarray([len(scene.things) for scene in scenes])
+    for num_things in np.unique(counts).tolist():
+        which = np.flatnonzero(counts == num_things)
+        yield num_things, which, [scenes[index] for index in which.tolist()]
+
+
+def _cell(row: physics.Row) -> dict[str, float]:
+    return {"mean": row.mean, "low": row.low, "high": row.high, "num": row.num}
 
 
 def _filled(videos: np.ndarray, size: int) -> np.ndarray:

@@ -86,13 +86,17 @@ class WordTokenizer:
             row[: len(numbers)] = numbers[: self.max_tokens]
         return tokens_BS, tokens_BS != PAD
 
-    def count(self, caption: str) -> int:
-        """Tokens that a caption takes, its start included; above max_tokens it is cut."""
-        return 1 + len(_split(caption))
-
-    def unknown_words(self, caption: str) -> list[str]:
-        """The words of a caption that are outside the vocabulary, in order, each once."""
-        return [word for word in dict.fromkeys(_split(caption)) if word not in self._number]
+    def problem(self, caption: str) -> str:
+        """Why a caption cannot be read as it stands, and what to change; "" if it can."""
+        unknown = [word for word in dict.fromkeys(_split(caption)) if word not in self._number]
+        if unknown or not _split(caption):
+            words = ", ".join(map(repr, unknown)) or "(none given)"
+            known = f"{len(self.words)}: {', '.join(self.words)}"
+            return f"prompt {caption!r}: the model never saw the words {words}; it knows {known}."
+        num_tokens = 1 + len(_split(caption))
+        if num_tokens > self.max_tokens:
+            return f"prompt {caption!r}: {num_tokens} tokens, and the model reads {self.max_tokens}; shorten it."
+        return ""
 
 
 class TextEncoder(nn.Module):

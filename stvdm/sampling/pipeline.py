@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.resources
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -178,8 +179,7 @@ class Pipeline:
     @property
     def default_shape(self) -> tuple[int, int, int]:
         """(T, H, W) of the longest clips it was trained on."""
-        T, H, W, *_ = max(self.settings["data"]["buckets"], key=lambda bucket: bucket[0] * bucket[1] * bucket[2])
-        return T, H, W
+        return largest_clip(self.settings)
 
     @property
     def fps(self) -> float:
@@ -209,25 +209,27 @@ class Pipeline:
           progress: called with (steps done, steps in all), over all videos.
 
         Raises:
-          ValueError: for a prompt with words the model never saw, or a size it cannot make.
+          ValueError: for a prompt with words the model never saw, a size it cannot make, or another setting that
+            means nothing.
         """
         chosen = dict(self.settings["sample"])
         given = dict(steps=steps, guidance=guidance, sampler=sampler)
         chosen.update({name: value for name, value in given.items() if value is not None})
         T, H, W = self.default_shape
         shape = (num_frames or T, height or H, width or W)
-        self._check(prompts, shape, chosen, num)
-        latent_thw = self.autoencoder.latent_shape(shape)
-        grid = shapes.token_grid(latent_thw, self.models.dit.patch)
-        if shape != self.default_shape:
-            warnings.warn(
-                f"clips of {shape}: the model was trained on {self.default_shape}, and may do worse.", stacklevel=2
-            )
-
         videos_to_make = [(prompt, seed + i) for prompt in prompts for i in range(num)]
         if seeds is not None:
             videos_to_make = list(zip(prompts, seeds, strict=True))
-        times = sampling_times(chosen, grid, self._training_grid())
+        self._check(prompts, [s for _, s in videos_to_make], chosen, num)
+        latent_thw = self.autoencoder.latent_shape(shape)
+        shapes.token_grid(latent_thw, self.models.dit.patch)  # refuses what the patches do not divide
+        trained = [tuple(bucket[:3]) for bucket in self.settings["data"]["buckets"]]
+        if shape not in trained:
+            known = ", ".join(map(str, trained))
+            warnings.warn(f"clips of {shape}: the model was trained on {known}, and may do worse.", stacklevel=2)
+
+        shift = chosen["shift"] or shift_of(latent_thw, self.autoencoder, self.settings)
+        times = schedules.shifted(chosen["steps"], shift=shift)
         how = denoising(self.settings["flow"], chosen)
         total = len(times) - 1
         videos, latents = [], []
@@ -276,10 +278,7 @@ class Pipeline:
         chunks = autoencoder3d.stream_decode(self.autoencoder, self.params["autoencoder"], latent, chunk_latents=1)
         return np.concatenate([to_uint8(chunk) for chunk in chunks], axis=1)
 
-    def _training_grid(self) -> tuple[int, int, int]:
-        return shapes.token_grid(self.autoencoder.latent_shape(self.default_shape), self.models.dit.patch)
-
-    def _check(self, prompts: Sequence[str], shape: tuple[int, int, int], chosen: Mapping[str, Any], num: int) -> None:
+    def _check(self, prompts: Sequence[str], seeds: Sequence[int], chosen: Mapping[str, Any], num: int) -> None:
         if not prompts:
             raise ValueError("prompts=[]: expected at least one sentence.")
         if num < 1:
@@ -288,19 +287,15 @@ class Pipeline:
             raise ValueError(f"sampler={chosen['sampler']!r}: expected one of {', '.join(SAMPLERS)}.")
         if chosen["steps"] < 1:
             raise ValueError(f"steps={chosen['steps']}: expected at least 1 denoising step.")
+        if not (math.isfinite(chosen["guidance"]) and chosen["guidance"] >= 0):
+            raise ValueError(f"guidance={chosen['guidance']}: expected a number of at least 0; 1 is no guidance.")
+        for seed in seeds:
+            if not 0 <= seed < 2**32:
+                raise ValueError(f"seed={seed}: expected a whole number from 0 to {2**32 - 1}.")
         for prompt in prompts:
-            unknown = self.tokenizer.unknown_words(prompt)
-            if unknown or not prompt.strip():
-                words = ", ".join(map(repr, unknown)) or "(none given)"
-                raise ValueError(
-                    f"prompt {prompt!r}: the model never saw the words {words}; "
-                    f"it knows {len(self.tokenizer.words)}: {', '.join(self.tokenizer.words)}."
-                )
-            length = self.tokenizer.count(prompt)
-            if length > self.tokenizer.max_tokens:
-                raise ValueError(
-                    f"prompt {prompt!r}: {length} tokens, and the model reads {self.tokenizer.max_tokens}; shorten it."
-                )
+            problem = self.tokenizer.problem(prompt)
+            if problem:
+                raise ValueError(problem)
 
 
 def autoencoder_of(model: Mapping[str, Any]) -> Autoencoder:
@@ -320,14 +315,23 @@ def denoising(flow_settings: Mapping[str, Any], sample_settings: Mapping[str, An
     )
 
 
-def sampling_times(
-    sample_settings: Mapping[str, Any], grid: tuple[int, int, int], training_grid: tuple[int, int, int]
-) -> jax.Array:
-    """The schedule of a config's ``sample`` section; with shift 0 more tokens than in training lean to noise."""
-    shift = sample_settings["shift"] or schedules.shift_for_tokens(
-        int(np.prod(grid)), base_tokens=int(np.prod(training_grid))
-    )
-    return schedules.shifted(sample_settings["steps"], shift=shift)
+def largest_clip(settings: Mapping[str, Any]) -> tuple[int, int, int]:
+    """(T, H, W) of the largest of a config's buckets."""
+    T, H, W, *_ = max(settings["data"]["buckets"], key=lambda bucket: math.prod(bucket[:3]))
+    return T, H, W
+
+
+def shift_of(latent_thw: Sequence[int], coder: Autoencoder, settings: Mapping[str, Any]) -> float:
+    """The shift of times by token count, for clips with such latents: what shift 0 stands for in a config.
+
+    It is 1 for a clip of ``flow.base_tokens``, or of as many as the largest bucket has; more tokens lean to noise.
+    """
+
+    def tokens(thw: Sequence[int]) -> int:
+        return math.prod(shapes.token_grid(tuple(thw), tuple(settings["model"]["patch"])))
+
+    base = settings["flow"].get("base_tokens") or tokens(coder.latent_shape(largest_clip(settings)))
+    return schedules.shift_for_tokens(tokens(latent_thw), base_tokens=base)
 
 
 def to_model_range(video: np.ndarray | jax.Array) -> jax.Array:
@@ -335,8 +339,8 @@ def to_model_range(video: np.ndarray | jax.Array) -> jax.Array:
     return jnp.asarray(video, jnp.float32) / 127.5 - 1
 
 
-def to_uint8(video: jax.Array) -> np.ndarray:
-    """Video in [-1, 1] as pixels."""
+def to_uint8(video: np.ndarray | jax.Array) -> np.ndarray:
+    """Video in [-1, 1] as pixels; what lies outside is clipped."""
     return np.asarray(jnp.clip(jnp.round((video + 1) * 127.5), 0, 255).astype(jnp.uint8))
 
 

@@ -12,6 +12,7 @@ reconstructions), ``model/`` (the averaged weights and the scale of their latent
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -87,7 +88,7 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
         gradient = state_lib.accumulated_grad(functools.partial(loss, step=state.step), config.optimizer.accumulate)
         grads, metrics = gradient(state.params, batch, state_lib.stream(config.seed, state.step, "posterior"))
         state, taken = state_lib.update(state, grads, optimizer=optimizer, ema_decay=config.ema_decay)
-        return state, {**metrics, **taken, "learning_rate": rate(state.step)}
+        return state, {**metrics, **taken, "learning_rate": rate(state.step - 1)}
 
     # Evaluation.
     @jax.jit
@@ -97,23 +98,26 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
         scores = dict(
             psnr=measure.psnr(decoded, video, data_range=2.0),
             ssim=measure.ssim(decoded, video, data_range=2.0),
-            excess_flicker=measure.excess_flicker(decoded, video),
         )
+        if video.shape[1] > 1:  # an image does not flicker
+            scores["excess_flicker"] = measure.excess_flicker(decoded, video)
         return {name: jnp.mean(score) for name, score in scores.items()}, jnp.concatenate([video[:4], decoded[:4]])
 
     with jax.set_mesh(mesh), checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
         # Restore or initialise.
+        state_lib.check_kind(checkpoints, config)
         state, shardings = state_lib.initialise(init, optimizer, mesh)
-        batches = state_lib.open_batches(config, split="train")
-        held_out = state_lib.open_batches(config, split="validation")
-        state, first_step = state_lib.resume(checkpoints, state, batches.position)
+        batches, held_out = state_lib.open_batches(config)
+        state, first_step, changed = state_lib.resume(checkpoints, state, batches.position, config)
         batches.step = first_step
         train_step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
-        only_batch = next(batches) if config.overfit else None
+        only_batch = batches.batch_at(0) if config.overfit else None
 
         # Loop.
         with Telemetry(workdir, num_steps=config.total_steps, first_step=first_step) as telemetry:
             telemetry.say(state_lib.write_report(batches.report, workdir))
+            for change in changed:
+                telemetry.say(change)
             for step in range(first_step, config.total_steps):
                 with telemetry.timed("data"):
                     batch = state_lib.to_mesh(only_batch or next(batches), mesh)
@@ -123,19 +127,18 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
                 if is_due(done, config.log_every, config.total_steps):
                     record = telemetry.record(done, metrics)
                     state_lib.check_skipped(record["num_skipped"], config.max_skipped)
+                if is_due(done, config.checkpoint_every, config.total_steps):
+                    with telemetry.timed("save"):
+                        position = {**batches.position, "step": done}
+                        checkpoints.save(done, state, position=position, config=config.to_dict())
                 if is_due(done, config.eval_every, config.total_steps):
                     with telemetry.timed("evaluate"):
                         results = [
                             evaluate(state.ema, state_lib.to_mesh(held_out.batch_at(i), mesh))
                             for i in range(config.eval_batches)
                         ]
-                    scores = jax.tree.map(lambda *values: np.mean(values), *[scores for scores, _ in results])
-                    telemetry.record(done, scores, prefix="eval/")
+                    telemetry.record(done, mean_scores([scores for scores, _ in results]), prefix="eval/")
                     telemetry.preview(done, "reconstruction", results[0][1])
-                if is_due(done, config.checkpoint_every, config.total_steps):
-                    with telemetry.timed("save"):
-                        position = {**batches.position, "step": done}
-                        checkpoints.save(done, state, position=position, config=config.to_dict())
 
             telemetry.say(state_lib.write_report(batches.report, workdir))
 
@@ -144,8 +147,14 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
             params = {"autoencoder": state_lib.gathered(state.ema["autoencoder"], mesh), "statistics": statistics}
             if jax.process_index() == 0:
                 description = {"kind": "autoencoder", "autoencoder": config.model.to_dict(), "config": config.to_dict()}
-                checkpoint.save_model(workdir / "model", params, description)
+                checkpoint.save_model(workdir / "model", params, description, dtype=config.export_dtype)
             telemetry.say(f"the model is in {workdir / 'model'}")
+
+
+def mean_scores(results: Sequence[Metrics]) -> dict[str, float]:
+    """Each score's mean over the batches that have it."""
+    names = dict.fromkeys(name for scores in results for name in scores)
+    return {name: float(np.mean([scores[name] for scores in results if name in scores])) for name in names}
 
 
 def latent_statistics(

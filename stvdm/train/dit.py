@@ -6,14 +6,13 @@
     x_t = (1 - t) latent + t noise,      loss = |network(x_t, t, caption) - (noise - latent)|²
 
 In ``workdir``: ``checkpoints/`` to go on from, ``metrics.jsonl``, ``tensorboard/``, ``previews/`` (samples of
-``config.sample.previews``), ``model/`` (the averaged weights together with the autoencoder: what `stvdm generate`
-loads). The latents are read ready-made (``data.source="latents"``) or encoded in the step.
+``config.sample.previews`` or of held-out captions), ``model/`` (the averaged weights together with the autoencoder:
+what `stvdm generate` loads). The latents are read ready-made (``data.source="latents"``) or encoded in the step.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,10 +22,11 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from stvdm import checkpoint, sharding
+from stvdm import checkpoint, shapes, sharding
 from stvdm import config as base
 from stvdm.data.loader import Loader
-from stvdm.diffusion import flow, schedules
+from stvdm.data.records import RecordSource
+from stvdm.diffusion import flow
 from stvdm.models import autoencoder3d
 from stvdm.models.text_encoders import WordTokenizer, collect_words
 from stvdm.sampling import pipeline
@@ -39,6 +39,7 @@ Tree = Any
 Metrics = dict[str, jax.Array]
 
 MAX_CAPTIONS = 20_000  # that are read for the vocabulary
+NUM_PREVIEWS = 4  # held-out captions that are sampled where the config names no prompts
 EVAL_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # at which the held-out loss is taken, each by itself
 
 
@@ -51,12 +52,15 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
 
     with jax.set_mesh(mesh), checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
         # Autoencoder, words and networks.
+        state_lib.check_kind(checkpoints, config)
         coder_params, coder_description = load_autoencoder(config.autoencoder)
         coder = pipeline.autoencoder_of(coder_description["autoencoder"])
-        batches = state_lib.open_batches(config, split="train")
-        held_out = state_lib.open_batches(config, split="validation")
+        check_buckets(config, coder)
+        batches, held_out = state_lib.open_batches(config)
+        check_latents(config, coder_description)
         config = base.with_words(config, words_of(config, checkpoints, batches))
         tokenizer = WordTokenizer(tuple(config.text.words), config.text.max_tokens)
+        previews = previews_of(config, tokenizer, held_out)
         settings = config.to_dict()
         models = pipeline.build(settings, latent_channels=coder.latent_channels, num_words=tokenizer.vocabulary_size)
         objective = pipeline.objective(settings["flow"])
@@ -77,7 +81,7 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
 
         # Restore or initialise.
         state, shardings = state_lib.initialise(init, optimizer, mesh)
-        state, first_step = state_lib.resume(checkpoints, state, batches.position)
+        state, first_step, changed = state_lib.resume(checkpoints, state, batches.position, config)
         frozen = jax.device_put(coder_params, sharding.replicated(mesh))
 
         # Step.
@@ -93,11 +97,6 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
                 objective=objective,
             )
 
-        def shift_of(latent: jax.Array) -> float:
-            return schedules.shift_for_tokens(
-                math.prod(latent.shape[1:4]), base_tokens=math.prod(latent_Bthwz.shape[1:4])
-            )
-
         def loss(params: Tree, batch: Tree, key: jax.Array) -> tuple[jax.Array, Metrics]:
             key_noise, key_time, key_drop = jax.random.split(key, 3)
             latent, tokens, mask = batch["latent"], batch["tokens"], batch["mask"]
@@ -111,7 +110,7 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
                 mean=config.flow.mean,
                 std=config.flow.std,
                 stratified=config.flow.stratified,
-                shift=config.flow.shift or shift_of(latent),
+                shift=config.flow.shift or pipeline.shift_of(latent.shape[1:4], coder, settings),
             )
             losses, parts = flow_loss(params, latent, tokens, mask, time, key_noise)
             return losses.mean(), {"velocity_mse": parts["velocity_mse"].mean()}
@@ -123,7 +122,7 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
             batch.pop("video", None)
             grads, metrics = gradient(state.params, batch, state_lib.stream(config.seed, state.step, "flow"))
             state, taken = state_lib.update(state, grads, optimizer=optimizer, ema_decay=config.ema_decay)
-            return state, {**metrics, **taken, "learning_rate": rate(state.step)}
+            return state, {**metrics, **taken, "learning_rate": rate(state.step - 1)}
 
         train_step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
 
@@ -156,16 +155,19 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
             return {**state_lib.gathered(params, mesh), **coder_params}, {
                 "kind": "dit",
                 "autoencoder": coder_description["autoencoder"],
+                "autoencoder_sha256": coder_description["sha256"],
                 "config": settings,
             }
 
         # Loop.
         batches.step = first_step
-        only_batch = next(batches) if config.overfit else None
+        only_batch = batches.batch_at(0) if config.overfit else None
         with Telemetry(workdir, num_steps=config.total_steps, first_step=first_step) as telemetry:
             telemetry.say(state_lib.write_report(batches.report, workdir))
             num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
             telemetry.say(f"{num_params:,} parameters, a vocabulary of {len(config.text.words)} words")
+            for change in changed:
+                telemetry.say(change)
             for step in range(first_step, config.total_steps):
                 with telemetry.timed("data"):
                     batch = ready(only_batch or next(batches))
@@ -175,22 +177,23 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
                 if is_due(done, config.log_every, config.total_steps):
                     record = telemetry.record(done, metrics)
                     state_lib.check_skipped(record["num_skipped"], config.max_skipped)
-                if is_due(done, config.eval_every, config.total_steps):
-                    with telemetry.timed("evaluate"):
-                        scores = evaluate(state.ema)
-                        prompts = list(config.sample.previews)
-                        samples = Pipeline.of(*described(state.ema)).generate(prompts, batch_size=len(prompts))
-                    telemetry.record(done, scores, prefix="eval/")
-                    telemetry.preview(done, "samples", samples.videos, captions=prompts)
                 if is_due(done, config.checkpoint_every, config.total_steps):
                     with telemetry.timed("save"):
                         checkpoints.save(done, state, position={**batches.position, "step": done}, config=settings)
+                if is_due(done, config.eval_every, config.total_steps):
+                    with telemetry.timed("evaluate"):
+                        scores = evaluate(state.ema)
+                    telemetry.record(done, scores, prefix="eval/")
+                    if previews:
+                        with telemetry.timed("evaluate"):
+                            samples = Pipeline.of(*described(state.ema)).generate(previews, batch_size=len(previews))
+                        telemetry.preview(done, "samples", samples.videos, captions=previews)
 
             # Finish.
             telemetry.say(state_lib.write_report(batches.report, workdir))
             model = described(state.ema)
             if jax.process_index() == 0:
-                checkpoint.save_model(workdir / "model", *model)
+                checkpoint.save_model(workdir / "model", *model, dtype=config.export_dtype)
             telemetry.say(f"the model is in {workdir / 'model'}")
 
 
@@ -219,3 +222,52 @@ def words_of(config: ConfigDict, checkpoints: checkpoint.Checkpoints, batches: L
     if checkpoints.latest is not None:
         return tuple(checkpoints.config()["text"]["words"])
     return tuple(config.text.words) or collect_words(itertools.islice(batches.captions(), MAX_CAPTIONS))
+
+
+def check_buckets(config: ConfigDict, coder: autoencoder3d.Autoencoder) -> None:
+    """Refuses clips that this autoencoder and the patches of this config do not divide.
+
+    Raises:
+      ValueError: naming the first of them.
+    """
+    for T, H, W, *_ in config.data.buckets:
+        try:
+            shapes.token_grid(coder.latent_shape((T, H, W)), tuple(config.model.patch))
+        except ValueError as error:
+            raise ValueError(f"data.buckets {(T, H, W)}: {error}") from error
+
+
+def check_latents(config: ConfigDict, coder_description: dict[str, Any]) -> None:
+    """Refuses latents that another autoencoder made.
+
+    Raises:
+      ValueError: if the weights that encoded them are not those that would decode them.
+    """
+    for path in (config.data.path, config.data.validation_path):
+        if config.data.source == "latents" and path:
+            made_by, here = RecordSource(path).metadata["about"].get("autoencoder"), coder_description["sha256"]
+            if made_by not in (None, here):
+                raise ValueError(
+                    f"{path}: latents of an autoencoder with sha256 {made_by[:12]}..., expected that of "
+                    f"autoencoder={config.autoencoder!r}, {here[:12]}...; run `stvdm preprocess` again, or name the "
+                    "autoencoder that made them."
+                )
+
+
+def previews_of(config: ConfigDict, tokenizer: WordTokenizer, held_out: Loader) -> list[str]:
+    """The prompts that are sampled on the way: of the config, or captions of held-out clips.
+
+    Raises:
+      ValueError: if the config's cannot be read with this vocabulary.
+    """
+    if config.sample.previews:
+        for prompt in config.sample.previews:
+            problem = tokenizer.problem(prompt)
+            if problem:
+                raise ValueError(
+                    f"sample.previews: {problem} Give other prompts, or none to see held-out captions: "
+                    "--config.sample.previews='()'"
+                )
+        return list(config.sample.previews)
+    captions = dict.fromkeys(itertools.islice(held_out.captions(), 64))
+    return [caption for caption in captions if not tokenizer.problem(caption)][:NUM_PREVIEWS]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What both trainers share: batches, the state of a run, its optimiser, its update, its random streams.
 
-batches = open_batches(config, split="train", start_step=first_step)
+batches, held_out = open_batches(config)
 optimizer, rate = make_optimizer(config.optimizer, config.total_steps)
 state, shardings = initialise(init, optimizer, mesh)
 state, metrics = update(state, grads, optimizer=optimizer, ema_decay=0.999)     # inside the jitted step
@@ -26,8 +26,7 @@ from ml_collections import ConfigDict
 from stvdm import sharding
 from stvdm.checkpoint import Checkpoints
 from stvdm.data.folder import SkipReport
-from stvdm.data.kinetic_shapes import Split
-from stvdm.data.loader import Loader, check_position, configured_source, make_loader
+from stvdm.data.loader import Loader, Source, check_position, configured_sources, make_loader, served
 
 Tree = Any
 
@@ -42,19 +41,23 @@ class State(NamedTuple):
     num_skipped: jax.Array  # int32: steps with non-finite gradients, which changed nothing
 
 
-def open_batches(config: ConfigDict, *, split: Split, start_step: int = 0) -> Loader:
-    """The batches of ``config.data`` from one step on, of the split "train" or "validation"."""
+def open_batches(config: ConfigDict) -> tuple[Loader, Loader]:
+    """The training batches of ``config.data``, and those of held-out clips."""
     data = config.data
-    return make_loader(
-        configured_source(data, seed=config.seed, split=split),
-        buckets=data.buckets,
-        seed=config.seed,
-        start_step=start_step,
-        num_workers=data.num_workers if split == "train" else 0,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        flip=data.flip,
-    )
+    train, held_out = configured_sources(data, seed=config.seed)
+
+    def batches(source: Source, buckets: Any, num_workers: int) -> Loader:
+        return make_loader(
+            source,
+            buckets=buckets,
+            seed=config.seed,
+            num_workers=num_workers,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            flip=data.flip,
+        )
+
+    return batches(train, data.buckets, data.num_workers), batches(held_out, served(held_out, data.buckets), 0)
 
 
 def to_mesh(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
@@ -72,16 +75,46 @@ def gathered(tree: Tree, mesh: Mesh) -> Tree:
     return jax.device_get(jax.jit(lambda t: t, out_shardings=sharding.replicated(mesh))(tree))
 
 
-def resume(checkpoints: Checkpoints, state: State, position: Mapping[str, Any]) -> tuple[State, int]:
-    """The state to start from and its step: the newest checkpoint, if the data is still what it was, or ``state``.
+def resume(
+    checkpoints: Checkpoints, state: State, position: Mapping[str, Any], config: ConfigDict
+) -> tuple[State, int, list[str]]:
+    """The state to start from, its step, and which settings changed since, a line each.
+
+    It is that of the newest checkpoint, if the data is still what it was; without one it is ``state``.
 
     Raises:
       ValueError: if the data at ``position`` is not what the checkpoint was trained on.
     """
     if checkpoints.latest is None:
-        return state, 0
+        return state, 0, []
     state, saved = checkpoints.restore(state)
-    return state, check_position(saved, position)
+    return state, check_position(saved, position), changed_settings(checkpoints.config(), config.to_dict())
+
+
+def check_kind(checkpoints: Checkpoints, config: ConfigDict) -> None:
+    """Refuses a workdir of the other kind of training, before anything is opened for it.
+
+    Raises:
+      ValueError: if its checkpoints are of another kind than ``config``.
+    """
+    if checkpoints.latest is not None and (kind := checkpoints.config()["kind"]) != config.kind:
+        raise ValueError(
+            f"the checkpoints in this workdir are of kind {kind!r}: expected {config.kind!r}, so give each training a "
+            "--workdir of its own."
+        )
+
+
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], *, prefix: str = "") -> list[str]:
+    """What another config says differently, a line each; both as JSON has them."""
+    lines = []
+    before, now = json.loads(json.dumps(dict(before))), json.loads(json.dumps(dict(now)))
+    for key in sorted({**before, **now}):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += changed_settings(old, new, prefix=f"{prefix}{key}.")
+        elif old != new:
+            lines.append(f"changed since the checkpoint: {prefix}{key} was {old!r}, is {new!r}")
+    return lines
 
 
 def write_report(report: SkipReport, workdir: epath.Path) -> str:
@@ -116,7 +149,8 @@ def make_optimizer(config: ConfigDict, total_steps: int) -> tuple[optax.Gradient
     """The optimiser of ``config.optimizer`` and the schedule of its learning rate.
 
     Muon (Jordan 2024) orthogonalises the updates of matrices, here also of stacked layers and of convolutions seen as
-    (taps x in, out) matrices, scaled to AdamW's size (Liu 2025); vectors and tables go to AdamW.
+    (taps x in, out) matrices, scaled to AdamW's size (Liu 2025); vectors and tables go to AdamW. Weight decay pulls
+    on no vector, and with Muon on its matrices alone.
     """
     peak, final = config.learning_rate, config.learning_rate * config.final_fraction
     after = max(1, total_steps - config.warmup_steps)
@@ -129,17 +163,14 @@ def make_optimizer(config: ConfigDict, total_steps: int) -> tuple[optax.Gradient
     }[config.schedule]
     warmup = optax.linear_schedule(peak / max(1, config.warmup_steps), peak, config.warmup_steps)
     rate = optax.join_schedules([warmup, course], [config.warmup_steps])
-    decayed = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)  # noqa: E731
     if config.name == "adamw":
-        descent = optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=decayed)
+        descent = optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=_decayed)
     else:
         descent = optax.contrib.muon(
             rate,
             adam_b1=config.b1,
             adam_b2=config.b2,
             weight_decay=config.weight_decay,
-            adam_weight_decay=config.weight_decay,
-            weight_decay_mask=decayed,
             muon_weight_dimension_numbers=_matrices,
             consistent_rms=0.2,
         )
@@ -229,6 +260,16 @@ def accumulated_grad(
     return many
 
 
+def _decayed(params: Tree) -> Tree:
+    """Which parameters weight decay pulls on: all but vectors, also where those of several layers are stacked."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaf.ndim - _is_stacked(path) > 1, params)
+
+
+def _is_stacked(path: tuple[Any, ...]) -> bool:
+    """Whether the first axis of a parameter is the layer."""
+    return "layers" in (getattr(entry, "key", entry) for entry in path)
+
+
 def _matrices(params: Tree) -> Tree:
     """Which parameters Muon takes, and as what matrix: kernels; not tables, embeddings, vectors."""
 
@@ -236,8 +277,7 @@ def _matrices(params: Tree) -> Tree:
         names = [str(getattr(entry, "key", entry)) for entry in path]
         if names[-1] != "kernel" or leaf.ndim < 2:
             return None
-        first = 1 if "layers" in names else 0  # stacked layers are a batch of matrices
-        axes = tuple(range(first, leaf.ndim))
+        axes = tuple(range(_is_stacked(path), leaf.ndim))  # stacked layers are a batch of matrices
         return optax.contrib.MuonDimensionNumbers(reduction_axis=axes[:-1], output_axis=axes[-1])
 
     return jax.tree_util.tree_map_with_path(one, params)

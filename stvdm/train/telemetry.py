@@ -145,10 +145,11 @@ class Telemetry:
             raise ValueError(f"video_BTHWC.shape={got}: expected 5 axes, so add the batch axis with video[None]")
         if not self._writes:
             return
-        from stvdm.data import transforms, video
+        from stvdm.data import video
+        from stvdm.sampling.pipeline import to_uint8
 
         if video_BTHWC.dtype != np.uint8:
-            video_BTHWC = transforms.from_model_range(np.nan_to_num(video_BTHWC))
+            video_BTHWC = to_uint8(np.nan_to_num(video_BTHWC))
         sheet = video.contact_sheet(list(video_BTHWC), captions or [""] * len(video_BTHWC))
         path = self._local / "previews" / f"{name}-{step:08d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)

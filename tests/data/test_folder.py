@@ -65,6 +65,20 @@ def test_csv_and_folders_below(folder, tmp_path):
     assert dict(zip(source.names, source.captions, strict=True)) == {"b.mp4": "another", "below/a.mp4": "a bar, white"}
 
 
+def test_a_codec_that_nobody_decodes_and_a_suffix_that_nobody_knows_are_named(folder, tmp_path):
+    good = (folder / "h264.mp4").read_bytes()
+    assert good.count(b"avc1") >= 1
+    (tmp_path / "good.mp4").write_bytes(good)
+    (tmp_path / "strange.mp4").write_bytes(good.replace(b"avc1", b"zzzz"))
+    (tmp_path / "clip.rmvb").write_bytes(good)
+    names = ("good.mp4", "strange.mp4", "clip.rmvb")
+    (tmp_path / "metadata.jsonl").write_text("".join(f'{{"file_name": "{name}", "text": "a bar"}}\n' for name in names))
+    source = FolderSource(tmp_path, fps=8)
+    assert source.names == ["good.mp4"]
+    assert "codec" in source.report.skipped["strange.mp4"]
+    assert source.report.skipped["clip.rmvb"].startswith(".rmvb: not one of .3g2")
+
+
 def test_errors_say_what_to_change(tmp_path):
     with pytest.raises(ValueError, match="expected a folder of videos"):
         FolderSource(tmp_path / "nowhere", fps=8)

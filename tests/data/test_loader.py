@@ -9,6 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from stvdm import config as base
 from stvdm.data import loader as loading
 from stvdm.data import records
 from stvdm.data.folder import FolderSource
@@ -181,6 +182,40 @@ def test_latents_go_to_the_bucket_of_exactly_their_shape(tmp_path):
         make(source, buckets=[(5, 16, 16, 3)])
     with pytest.raises(ValueError, match="expected all videos or all latents"):
         make([source, KineticShapes()])
+
+
+def test_a_share_is_held_out_of_each_bucket_and_never_trained_on(tmp_path):
+    shapes = [[9, 16, 16]] * 40 + [[9, 16, 24]] * 3 + [[1, 16, 16]]
+    examples = [
+        {"latent": np.full((3, 2, 2, 4), k, np.float16), "shape": s, "caption": f"{k}"} for k, s in enumerate(shapes)
+    ]
+    records.write_shard(tmp_path, 0, examples)
+    records.finish(tmp_path, num_shards=1)
+    buckets = ((9, 16, 16, 4, 1.0), (9, 16, 24, 2, 1.0), (1, 16, 16, 1, 1.0))
+    data = base.dit().data.copy_and_resolve_references()
+    data.update(source="latents", path=str(tmp_path), validation_share=0.1, buckets=buckets)
+    train, held_out = loading.configured_sources(data, seed=0)
+    captions = [[source.caption(i) for i in range(len(source))] for source in (train, held_out)]
+    assert captions[1] == ["9", "19", "29", "39", "42"]  # every tenth; one of the three; the only image is trained on
+    assert sorted(captions[0] + captions[1], key=int) == [str(k) for k in range(44)]
+    assert loading.served(held_out, buckets) == list(buckets[:2])
+    assert train.fingerprint != held_out.fingerprint
+    for batch in take(make(train, buckets=buckets), 30):
+        assert not set(batch["caption"]) & set(captions[1])
+        np.testing.assert_array_equal(batch["latent"][:, 0, 0, 0, 0], [float(c) for c in batch["caption"]])
+
+
+def test_too_few_clips_to_hold_any_out_is_said(tmp_path):
+    latent = {"latent": np.zeros((3, 2, 2, 4), np.float16), "shape": [9, 16, 16], "caption": "one"}
+    records.write_shard(tmp_path, 0, [latent])
+    records.finish(tmp_path, num_shards=1)
+    data = base.dit().data.copy_and_resolve_references()
+    data.update(source="latents", path=str(tmp_path), buckets=((9, 16, 16, 4, 1.0),))
+    with pytest.warns(UserWarning, match="too few clips to hold any out"):
+        train, held_out = loading.configured_sources(data, seed=0)
+    assert len(train) == len(held_out) == 1
+    with pytest.raises(ValueError, match="split='validation': data.validation_path='': expected the folder"):
+        loading.configured_source(data, seed=0, split="validation")
 
 
 def test_several_sources_are_one_long_list():

@@ -42,6 +42,7 @@ def test_shards_are_read_in_order_and_from_a_pickle(tmp_path):
         back = source.read(k)
         np.testing.assert_array_equal(back["video"], example["video"])
         assert (back["caption"], back["index"]) == (example["caption"], k)
+        assert source.caption(k) == example["caption"]
 
 
 def test_fingerprint_follows_the_content(tmp_path):
@@ -86,7 +87,7 @@ def test_damage_is_noticed(tmp_path):
         [source.read(k) for k in range(3)]
     metadata = json.loads((tmp_path / "metadata.json").read_text())
     (tmp_path / "metadata.json").write_text(json.dumps({**metadata, "version": 99}))
-    with pytest.raises(ValueError, match="version 99, expected 1"):
+    with pytest.raises(ValueError, match="version 99, expected 2"):
         RecordSource(tmp_path)
 
 

@@ -34,6 +34,7 @@ def test_a_model_of_noise_is_told_apart_from_real_clips(kinetic_model, tmp_path,
     cells = written["items"]["all_right"]
     assert cells["generated"]["mean"] == 0.0
     assert cells["generated"]["num"] == 5
+    assert sum(cell["num"] for cell in written["all_right_by_things"].values()) == 5
     assert (tmp_path / "out" / "results.png").exists()
     assert (tmp_path / "out" / "results.gif").exists()
     assert "all_right" in capsys.readouterr().out
@@ -49,7 +50,9 @@ def test_an_item_that_real_clips_fail_is_not_reported():
     assert items["shape"] == {"not_reported": "real clips score 0.900, below 0.95"}
     assert items["colour"]["generated"]["mean"] == 1.0
     assert "occlusion" not in items  # no prompt asked for it
-    text = run.as_text({"items": items, "reconstruction": dict(psnr_db=1, ssim=0, excess_flicker=0), "flicker": {}})
+    report = {"items": items, "reconstruction": dict(psnr_db=1, ssim=0, excess_flicker=0), "flicker": {}}
+    text = run.as_text({**report, "all_right_by_things": {2: dict(mean=0.5, low=0.25, high=0.75, num=8)}})
+    assert "of 2 things 0.500 [0.250, 0.750] (8)" in text
     assert "shape               not reported" in text
 
 

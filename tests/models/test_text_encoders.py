@@ -36,7 +36,7 @@ def test_captions_come_back_from_their_numbers():
     assert tokens_BS.dtype == np.int32 and mask_BS.dtype == bool
     for caption, tokens, mask in zip(CAPTIONS, tokens_BS, mask_BS, strict=True):
         real = tokens[mask]
-        assert real[0] == 1 and (tokens[~mask] == 0).all() and mask.sum() == tokenizer.count(caption)
+        assert real[0] == 1 and (tokens[~mask] == 0).all() and mask.sum() == 1 + len(caption.split())
         assert " ".join(tokenizer.words[i - 3] for i in real[1:]) == caption.lower().rstrip(".")
 
 
@@ -48,7 +48,10 @@ def test_the_empty_caption_still_has_its_start():
 
 def test_unknown_words_are_named_and_numbered_two():
     tokenizer = WordTokenizer(("a", "ball"), max_tokens=6)
-    assert tokenizer.unknown_words("a PURPLE ball, a purple cat") == ["purple", "cat"]
+    assert tokenizer.problem("a PURPLE ball, a purple cat") == (
+        "prompt 'a PURPLE ball, a purple cat': the model never saw the words 'purple', 'cat'; it knows 2: a, ball."
+    )
+    assert tokenizer.problem("a ball") == ""
     np.testing.assert_array_equal(tokenizer(["a purple ball"])[0], [[1, 3, 2, 4, 0, 0]])
     assert tokenizer.vocabulary_size == 5
 

@@ -119,12 +119,29 @@ def test_an_autoencoder_alone_is_refused(tiny_model, tmp_path):
         Pipeline.load(tmp_path)
 
 
-def test_a_longer_clip_leans_to_noise_when_the_shift_follows_tokens():
-    settings = dict(steps=10, shift=0.0)
-    same = pipeline.sampling_times(settings, (5, 4, 4), (5, 4, 4))
-    longer = pipeline.sampling_times(settings, (20, 4, 4), (5, 4, 4))
-    np.testing.assert_allclose(same, np.linspace(1, 0, 11), atol=1e-6)
-    assert (longer[1:-1] > same[1:-1]).all()
+def test_the_shift_follows_tokens(tiny_model):
+    loaded = Pipeline.load(tiny_model)
+    settings, coder = loaded.settings, loaded.autoencoder
+    assert pipeline.shift_of((3, 4, 4), coder, settings) == 1  # of the largest bucket, which is the base
+    assert pipeline.shift_of((3, 8, 8), coder, settings) == pytest.approx(2)  # four times the tokens
+    buckets = ((1, 16, 16, 8, 1.0), *settings["data"]["buckets"])
+    assert pipeline.shift_of((3, 4, 4), coder, {**settings, "data": {"buckets": buckets}}) == 1
+    settings = {**settings, "flow": {**settings["flow"], "base_tokens": 48}}
+    assert pipeline.shift_of((3, 4, 4), coder, settings) == pytest.approx(0.5)  # 3 x 2 x 2 tokens
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(guidance=float("nan")), "guidance=nan: expected a number of at least 0"),
+        (dict(guidance=-1.0), "guidance=-1.0: expected"),
+        (dict(seed=2**32), "seed=4294967296: expected a whole number from 0 to 4294967295"),
+        (dict(seed=-1), "seed=-1: expected"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(settings, message, tiny_model):
+    with pytest.raises(ValueError, match=message):
+        Pipeline.load(tiny_model).generate([RED], **settings)
 
 
 def test_the_settings_say_all_that_is_needed_to_make_it_again(tiny_model):

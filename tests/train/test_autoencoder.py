@@ -54,6 +54,13 @@ def test_it_overfits_one_batch_and_reports_on_held_out_clips(autoencoder_config,
     assert (params["statistics"]["std_z"] > 0).all()
 
 
+def test_clips_and_images_train_and_are_scored_together(autoencoder_config, tmp_path, one_device):
+    buckets = ((5, 16, 16, 8, 1.0), (1, 16, 16, 8, 1.0))
+    autoencoder.main(autoencoder_config(total_steps=2, data__buckets=buckets, eval_every=2, eval_batches=2), tmp_path)
+    report = [record for record in read_metrics(tmp_path) if "eval/psnr" in record][-1]
+    assert np.isfinite([report["eval/psnr"], report["eval/excess_flicker"]]).all()
+
+
 def test_real_coded_files_feed_it_and_bad_ones_are_named(autoencoder_config, tmp_path, one_device):
     """h264, hevc, vp9, av1, mjpeg ...; odd sizes, rotated, variable rate; truncated, empty, not a video at all."""
     path = pathlib.Path(__file__).parent.parent / "data" / "coded_files.py"

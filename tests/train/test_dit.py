@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from stvdm import checkpoint
+from stvdm.data import records
 from stvdm.sampling.pipeline import Pipeline
-from stvdm.train import dit
+from stvdm.train import autoencoder, dit
 from stvdm.train.telemetry import read_metrics
 
 
@@ -77,6 +78,39 @@ def test_clips_images_and_sizes_train_together_in_buckets(dit_config, tmp_path, 
     dit.main(dit_config(total_steps=6, data__buckets=buckets), tmp_path)
     assert len(_losses(tmp_path)) == 6
     assert np.isfinite(_losses(tmp_path)).all()
+
+
+def test_latents_of_another_autoencoder_are_refused(dit_config, tmp_path):
+    records.write_shard(
+        tmp_path, 0, [{"latent": np.zeros((3, 4, 4, 4), np.float16), "shape": [5, 16, 16], "caption": "a ball"}]
+    )
+    records.finish(tmp_path, num_shards=1, about={"autoencoder": "f" * 64})
+    with pytest.raises(ValueError, match="latents of an autoencoder with sha256 ffffffffffff..., expected that of"):
+        dit.main(dit_config(total_steps=1, data__source="latents", data__path=str(tmp_path)), tmp_path / "run")
+
+
+def test_clips_that_the_patches_do_not_divide_are_refused(dit_config, tmp_path):
+    with pytest.raises(ValueError, match=r"data.buckets \(5, 16, 20\)"):
+        dit.main(dit_config(total_steps=1, data__buckets=((5, 16, 20, 8, 1.0),)), tmp_path)
+
+
+def test_previews_are_prompts_it_can_read_or_held_out_captions(dit_config, tmp_path, one_device):
+    with pytest.raises(ValueError, match=r"sample.previews: prompt 'a giraffe': the model never saw .*'\(\)'"):
+        dit.main(dit_config(total_steps=1, sample__previews=("a giraffe",)), tmp_path)
+    dit.main(dit_config(total_steps=1, sample__previews=(), eval_every=1, eval_batches=1), tmp_path)
+    assert (tmp_path / "previews" / "samples-00000001.png").exists()
+
+
+def test_a_change_since_the_checkpoint_is_said(dit_config, tmp_path, one_device, capsys):
+    dit.main(dit_config(total_steps=1), tmp_path)
+    dit.main(dit_config(total_steps=1, flow__prediction="x0"), tmp_path)
+    assert "changed since the checkpoint: flow.prediction was 'velocity', is 'x0'" in capsys.readouterr().err
+
+
+def test_the_workdir_of_the_other_training_is_refused(dit_config, autoencoder_config, tmp_path, one_device):
+    autoencoder.main(autoencoder_config(total_steps=1), tmp_path)
+    with pytest.raises(ValueError, match="are of kind 'autoencoder': expected 'dit'"):
+        dit.main(dit_config(total_steps=1), tmp_path)
 
 
 def test_accumulation_takes_the_same_kind_of_step(dit_config, tmp_path, one_device):

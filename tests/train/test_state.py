@@ -139,6 +139,22 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
     np.testing.assert_allclose(metrics["loss"], part_metrics["loss"], rtol=1e-5)
 
 
+def test_weight_decay_spares_vectors_also_of_stacked_layers():
+    layer = {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), layer)
+    params = {"layers": {"linear": stacked}, "layers_0": {"linear": layer}}
+    settings = base.dit().optimizer.copy_and_resolve_references()
+    settings.update(weight_decay=0.1, warmup_steps=0, schedule="constant", learning_rate=0.5)
+    for name in ("adamw", "muon"):
+        settings.name = name
+        optimizer, _ = state_lib.make_optimizer(settings, 10)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+        for layers in updates.values():
+            assert (layers["linear"]["kernel"] < 0).all()
+            assert (layers["linear"]["bias"] == 0).all()
+
+
 def test_the_schedule_warms_up_and_ends_where_told():
     rate = state_lib.make_optimizer(_settings(final_fraction=0.1), total_steps=10)[1]
     assert 0 < float(rate(0)) < float(rate(1)) <= float(rate(2)) == pytest.approx(1e-2)
