@@ -15,9 +15,10 @@ not ask; a clip with several things is right when all of them are):
     residual     rms distance from the best fit of the prompted law, in frame heights (0 is best)
     flicker      mean second difference over time of the thing's radius, relative to it (0 is best)
 
-A measurement is worth what its instrument is: `validate_tracker` scores real clips first, and an item below 0.95 there
-is not to be reported. From `scene` come the words alone (what, how many, where to), never its positions: a prompt
-leaves those free. Under a panning camera, motion is told relative to the ground, by the camera's speed in the pixels.
+A measurement is worth what its instrument is: an item on which real clips score below 0.95 is not reported
+(`evaluation.run` scores them beside every model, `validate_tracker` alone). From `scene` come the words alone (what,
+how many, where to), never its positions: a prompt leaves those free. Under a panning camera, motion is told relative to
+the ground, by the camera's speed in the pixels.
 
     scores = [score(video_THWC, scene, fps=8) for video_THWC, scene in clips]
     for item, row in summarise(scores).items(): print(item, row.mean, row.low, row.high, row.num)
