@@ -11,7 +11,8 @@ import subprocess
 
 import numpy as np
 import pytest
-from runs import Run, finish, losses, saved, steps_written
+from runs import Run, losses, saved, steps_written
+from runs import finish as finish_any
 
 from stvdm.train.preemption import RESUME
 from stvdm.train.telemetry import read_metrics
@@ -22,9 +23,13 @@ STEPS = 8
 
 
 @pytest.fixture
-def config(autoencoder_config):
-    one_stage = dict(model__multipliers=(1,), model__spatial_down=(), model__temporal_down=())
-    return autoencoder_config(total_steps=STEPS, checkpoint_every=2, mesh__fsdp=2, **one_stage)
+def config(dit_config):
+    """Weights, averages and moments are split over both processes: each has shards to save that no other has."""
+    return dit_config(total_steps=STEPS, checkpoint_every=2, mesh__fsdp=4)
+
+
+def finish(workdir, config, **settings):
+    return finish_any(workdir, config, kind="dit", **settings)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +48,7 @@ def undisturbed(tmp_path_factory):
 def test_a_killed_worker(config, undisturbed, tmp_path):
     expected = undisturbed(config)
     assert sorted(expected) == list(range(1, STEPS + 1))
-    with Run(tmp_path / "run", config, seconds=0.3) as run:
+    with Run(tmp_path / "run", config, kind="dit", seconds=0.3) as run:
         run.wait_for_step(3)
         run.processes[1].kill()
         codes = run.exit_codes()  # the other one does not hang
@@ -54,7 +59,7 @@ def test_a_killed_worker(config, undisturbed, tmp_path):
 
 def test_a_frozen_worker(config, undisturbed, tmp_path):
     expected = undisturbed(config)
-    with Run(tmp_path / "run", config, seconds=0.3) as run:
+    with Run(tmp_path / "run", config, kind="dit", seconds=0.3) as run:
         run.wait_for_step(3)
         run.processes[1].send_signal(signal.SIGSTOP)
         assert run.processes[0].wait(300) not in (0, RESUME), run.said()  # gives up on the other
@@ -66,7 +71,7 @@ def test_a_frozen_worker(config, undisturbed, tmp_path):
 def test_killed_while_saving(config, undisturbed, tmp_path):
     expected = undisturbed(config)
     checkpoints = tmp_path / "run" / "checkpoints"
-    with Run(tmp_path / "run", config, seconds=0.3) as run:
+    with Run(tmp_path / "run", config, kind="dit", seconds=0.3) as run:
         run.wait_for(lambda: checkpoints.exists() and any(path.name.startswith("4") for path in checkpoints.iterdir()))
         for process in run.processes:
             process.kill()
@@ -74,11 +79,31 @@ def test_killed_while_saving(config, undisturbed, tmp_path):
     assert finish(tmp_path / "run", config) == expected
 
 
+def test_a_flipped_byte_and_a_missing_shard(config, undisturbed, tmp_path):
+    """Both processes agree that a step is damaged, whichever of them reads the file, and take the one before."""
+    expected = undisturbed(config)
+    config.total_steps, config.keep_checkpoints = 6, 3
+    finish(tmp_path / "run", config)
+    assert saved(tmp_path / "run") == [2, 4, 6]
+    arrays = {step: sorted((tmp_path / "run" / "checkpoints" / str(step) / "state").rglob("d/*")) for step in (4, 6)}
+    arrays[4][-1].unlink()
+    content = bytearray(arrays[6][0].read_bytes())
+    content[len(content) // 2] ^= 1
+    arrays[6][0].write_bytes(content)
+    config.total_steps = STEPS
+    with Run(tmp_path / "run", config, kind="dit") as run:
+        assert run.exit_codes() == [0, 0], run.said()
+    for log in run.logs:
+        said = log.read_text()
+        assert f"{arrays[6][0].name} was changed" in said and f"{arrays[4][-1].name} is missing" in said
+    assert losses(tmp_path / "run") == expected
+
+
 def test_a_worker_asked_to_stop(config, undisturbed, tmp_path):
-    """All save the same step and leave with the status that says so; it goes on on two processes, or on one."""
+    """All save the same step and leave with the status that says so. It goes on on two, or on one with another mesh."""
     config.checkpoint_every = 100
     expected = undisturbed(config)
-    with Run(tmp_path / "run", config, seconds=0.5) as run:
+    with Run(tmp_path / "run", config, kind="dit", seconds=0.5) as run:
         run.wait_for_step(2)
         run.processes[1].terminate()
         assert run.exit_codes() == [RESUME, RESUME], run.said()
@@ -89,26 +114,33 @@ def test_a_worker_asked_to_stop(config, undisturbed, tmp_path):
     assert finish(tmp_path / "run", config) == expected
     assert steps_written(tmp_path / "run") == list(range(1, STEPS + 1))  # none is redone, and there is one log
     assert all("seconds/data_max" in record for record in read_metrics(tmp_path / "run"))  # of both processes
+    config.mesh.update(dict(data=2, fsdp=1, tensor=2))
     alone = finish(tmp_path / "alone", config, num_processes=1)
-    np.testing.assert_allclose(list(alone.values()), list(expected.values()), rtol=2e-5)
+    np.testing.assert_allclose(list(alone.values()), list(expected.values()), rtol=1e-4)
 
 
-def test_the_other_trainer_is_asked_to_stop_too(dit_config, tmp_path):
-    config = dit_config(total_steps=100, checkpoint_every=100, mesh__fsdp=2)
-    with Run(tmp_path / "run", config, kind="dit", seconds=0.3) as run:
+@pytest.fixture
+def autoencoder(autoencoder_config):
+    one_stage = dict(model__multipliers=(1,), model__spatial_down=(), model__temporal_down=())
+    return autoencoder_config(total_steps=100, checkpoint_every=100, **one_stage)
+
+
+def test_the_other_trainer_is_asked_to_stop_too(autoencoder, tmp_path):
+    with Run(tmp_path / "run", autoencoder, kind="autoencoder", seconds=0.3) as run:
         run.wait_for_step(1)
         run.processes[0].terminate()
         assert run.exit_codes() == [RESUME, RESUME], run.said()
     assert saved(tmp_path / "run") == steps_written(tmp_path / "run")[-1:]
 
 
-def test_one_process_without_jax_distributed_asked_to_stop(config, tmp_path):
-    with Run(tmp_path / "run", config, num_processes=1, seconds=0.3) as run:
+def test_one_process_without_jax_distributed_asked_to_stop(autoencoder, tmp_path):
+    autoencoder.checkpoint_every = 2
+    with Run(tmp_path / "run", autoencoder, kind="autoencoder", num_processes=1, seconds=0.3) as run:
         run.wait_for_step(3)
         run.processes[0].terminate()
         assert run.exit_codes() == [RESUME], run.said()
     assert "asked to stop: step" in run.logs[0].read_text()
-    assert saved(tmp_path / "run")[-1] == steps_written(tmp_path / "run")[-1] < STEPS
+    assert saved(tmp_path / "run")[-1] == steps_written(tmp_path / "run")[-1] < 100
 
 
 def test_a_full_disk(config, undisturbed, tmp_path):
@@ -118,7 +150,7 @@ def test_a_full_disk(config, undisturbed, tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], check=False).returncode:
         pytest.skip("mounting a tmpfs needs root")
     try:
-        with Run(tmp_path / "run", config, seconds=0.3) as run:
+        with Run(tmp_path / "run", config, kind="dit", seconds=0.3) as run:
             run.wait_for(lambda: (disk / "2" / "manifest" / "1-of-2.json").exists())
             room = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
             (disk / "somebody_elses").write_bytes(bytes(room - 8192))
@@ -132,11 +164,11 @@ def test_a_full_disk(config, undisturbed, tmp_path):
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def test_gradients_that_stay_non_finite_name_their_examples(config, tmp_path):
-    config.loss.kl = float("inf")
-    config.max_skipped = 2
-    config.log_every = 2
-    with Run(tmp_path / "run", config) as run:
+def test_gradients_that_stay_non_finite_name_their_examples(autoencoder, tmp_path):
+    autoencoder.loss.kl = float("inf")
+    autoencoder.max_skipped = 2
+    autoencoder.log_every = 2
+    with Run(tmp_path / "run", autoencoder, kind="autoencoder") as run:
         codes = run.exit_codes()
     assert all(code not in (0, RESUME) for code in codes), run.said()
     for log in run.logs:
