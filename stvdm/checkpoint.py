@@ -418,7 +418,7 @@ def save_model(
       params: nested dicts of arrays, wherever they lie; the path of a leaf, joined by '/', is its name in the file.
         They are gathered one at a time.
       description: JSON that says how to build the model; the digest of the weights is added to it.
-      dtype: of the weights in the file: float32, bfloat16 or float16.
+      dtype: of the weights in the file: float32, bfloat16 or float16; the "statistics" of latents stay float32.
     """
     from safetensors.numpy import save
 
@@ -427,7 +427,8 @@ def save_model(
     for name, leaf in sorted(traverse_util.flatten_dict(params, sep="/").items()):
         whole = on_host(leaf)
         if writes:  # the writer copies memory as it lies
-            flat[name] = np.asarray(whole, jnp.dtype(dtype), order="C")
+            kept = "float32" if name.startswith("statistics/") else dtype
+            flat[name] = np.asarray(whole, jnp.dtype(kept), order="C")
     if writes:
         target.mkdir(parents=True, exist_ok=True)
         data = save(flat)
