@@ -142,7 +142,8 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
             first_step=first_step,
             profile=(config.profile.first_step, config.profile.num_steps),
         ) as telemetry:
-            telemetry.say(state_lib.write_report(batches.report, workdir))
+            report = state_lib.write_report(batches.report, workdir)
+            telemetry.say(report)
             for change in changed:
                 telemetry.say(change)
             for step in range(first_step, config.total_steps):
@@ -175,7 +176,8 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
                     telemetry.record(done, mean_scores([scores for scores, _ in results]), prefix="eval/")
                     telemetry.preview(done, "reconstruction", results[0][1])
 
-            telemetry.say(state_lib.write_report(batches.report, workdir))
+            if (skipped_since := state_lib.write_report(batches.report, workdir)) != report:
+                telemetry.say(skipped_since)
 
             # Finish: the averaged weights, and the scale of the latents they make.
             statistics = latent_statistics(Autoencoder(**config.model), state.ema, batches, config, mesh)

@@ -211,7 +211,8 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
             first_step=first_step,
             profile=(config.profile.first_step, config.profile.num_steps),
         ) as telemetry:
-            telemetry.say(state_lib.write_report(batches.report, workdir))
+            report = state_lib.write_report(batches.report, workdir)
+            telemetry.say(report)
             num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
             telemetry.say(f"{num_params:,} parameters, a vocabulary of {len(config.text.words)} words")
             for change in changed:
@@ -246,7 +247,8 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
                         telemetry.preview(done, "samples", videos, captions=previews)
 
             # Finish.
-            telemetry.say(state_lib.write_report(batches.report, workdir))
+            if (skipped_since := state_lib.write_report(batches.report, workdir)) != report:
+                telemetry.say(skipped_since)
             with telemetry.timed("export"):
                 model = {**coder_params, **state.ema}
                 checkpoint.save_model(workdir / "model", model, description, dtype=config.export_dtype)
