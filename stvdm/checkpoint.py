@@ -105,13 +105,16 @@ def save_model(
     Args:
       params: nested dicts of arrays; the path of a leaf, joined by '/', is its name in the file.
       description: JSON that says how to build the model; the digest is added to it.
-      dtype: of the weights in the file: float32, bfloat16 or float16.
+      dtype: of the weights in the file: float32, bfloat16 or float16; the "statistics" of latents stay float32.
     """
     from safetensors.flax import save
 
     target = epath.Path(directory).expanduser()
     target.mkdir(parents=True, exist_ok=True)
-    flat = {name: jnp.asarray(leaf, dtype) for name, leaf in traverse_util.flatten_dict(params, sep="/").items()}
+    flat = {
+        name: jnp.asarray(leaf, "float32" if name.startswith("statistics/") else dtype)
+        for name, leaf in traverse_util.flatten_dict(params, sep="/").items()
+    }
     data = save(dict(sorted(flat.items())))
     digest = hashlib.sha256(data).hexdigest()
     # The description names the digest of the weights, so a model whose two files do not belong together is refused.
