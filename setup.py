@@ -30,6 +30,7 @@ setup(
         "grain>=0.2.15",
         "jax>=0.10.2,<0.13",
         "ml-collections>=1.0",
+        "msgpack>=1",
         "numpy>=2.0",
         "optax>=0.2.5",  # contrib.muon
         "orbax-checkpoint>=0.12.8,<1",

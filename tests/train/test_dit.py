@@ -11,7 +11,7 @@ from stvdm import checkpoint
 from stvdm.data import records
 from stvdm.sampling.pipeline import Pipeline
 from stvdm.train import autoencoder, dit
-from stvdm.train.telemetry import read_metrics
+from stvdm.train.telemetry import Telemetry, read_metrics
 
 
 def _losses(workdir):
@@ -101,10 +101,14 @@ def test_previews_are_prompts_it_can_read_or_held_out_captions(dit_config, tmp_p
     assert (tmp_path / "previews" / "samples-00000001.png").exists()
 
 
-def test_a_change_since_the_checkpoint_is_said(dit_config, tmp_path, one_device, capsys):
+def test_a_change_since_the_checkpoint_is_said(dit_config, tmp_path, one_device, monkeypatch):
     dit.main(dit_config(total_steps=1), tmp_path)
+    said = []
+    monkeypatch.setattr(Telemetry, "say", lambda self, text: said.append(text))
     dit.main(dit_config(total_steps=1, flow__prediction="x0"), tmp_path)
-    assert "changed since the checkpoint: flow.prediction was 'velocity', is 'x0'" in capsys.readouterr().err
+    assert [line for line in said if line.startswith("changed")] == [
+        "changed since the checkpoint: flow.prediction was 'velocity', is 'x0'"
+    ]
 
 
 def test_the_workdir_of_the_other_training_is_refused(dit_config, autoencoder_config, tmp_path, one_device):
