@@ -137,7 +137,7 @@ def load_model(directory: epath.PathLike) -> tuple[Tree, dict[str, Any]]:
     if missing:
         raise FileNotFoundError(
             f"{source}: expected an exported model, found no {' and no '.join(missing)}; "
-            "give the folder that training wrote (WORKDIR/model)."
+            "give the --workdir of a training that has ended, or run that training first."
         )
     description = json.loads((source / DESCRIPTION).read_text())
     data = (source / WEIGHTS).read_bytes()

@@ -124,7 +124,7 @@ def _add_generate(commands: Any) -> None:
         "generate",
         _generate,
         "make clips from prompts",
-        'stvdm generate "a red ball bounces to the right" "two blue squares grow" --seed 3 --output clips',
+        'stvdm generate "a red ball bounces to the right" "a blue square grows" --seed 3 --output outputs/clips',
         "For each clip an .mp4, a .gif and a .json with all that it takes to make it again; contact.png shows all. "
         "Options left out take the value that comes with the checkpoint.",
     )

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The README is true: its tree is the tree, its commands are commands, its test command is what .ci/run does."""
 
+import fnmatch
 import itertools
 import re
 import shlex
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from stvdm import cli
+from stvdm.sampling.pipeline import Pipeline
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -50,7 +52,8 @@ def test_every_path_of_the_tree_exists():
 
 def test_every_file_is_in_the_tree():
     top = {path.name + "/" * path.is_dir() for path in ROOT.iterdir() if not path.name.startswith(".")}
-    leftover = {"runs/", "data/", "outputs/", "out/", "build/", "dist/", "stvdm.egg-info/"}  # as in .gitignore
+    ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines() if line[:1] not in ("", "#")]
+    leftover = {name for name in top if any(fnmatch.fnmatch(name.strip("/"), pattern) for pattern in ignored)}
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "stvdm").rglob("*.py") if path.name != "__init__.py"}
     assert sorted((top - leftover | modules) - tree()) == []
 
@@ -86,6 +89,18 @@ def test_the_test_command_is_what_ci_runs():
     for part in ("-m venv", "pip install --quiet -e '.[test]'".replace("--quiet ", ""), "pytest"):
         assert part in command
         assert part in ci.replace("--quiet ", "")
+
+
+def test_the_bundled_model_can_read_the_prompts_of_the_commands():
+    tokenizer = Pipeline.load().tokenizer
+    prompts = [
+        prompt
+        for _, command in COMMANDS
+        if "generate" in command and "--checkpoint" not in command
+        for prompt in cli.parser().parse_args(shlex.split(command)[1:]).prompts
+    ]
+    assert prompts
+    assert [tokenizer.problem(prompt) for prompt in prompts] == [""] * len(prompts)
 
 
 def test_linked_files_exist():

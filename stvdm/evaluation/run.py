@@ -106,6 +106,7 @@ def main(
     moving = video.side_by_side(shown, captions)
     video.write_gif(Path(output).with_suffix(".gif"), moving, fps=pipeline.fps, min_side=1)
     print(as_text(report))
+    say(f"in {', '.join(str(Path(output).with_suffix(suffix)) for suffix in (Path(output).suffix, '.png', '.gif'))}")
     return report
 
 

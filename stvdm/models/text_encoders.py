@@ -89,10 +89,11 @@ class WordTokenizer:
     def problem(self, caption: str) -> str:
         """Why a caption cannot be read as it stands, and what to change; "" if it can."""
         unknown = [word for word in dict.fromkeys(_split(caption)) if word not in self._number]
-        if unknown or not _split(caption):
-            words = ", ".join(map(repr, unknown)) or "(none given)"
-            known = f"{len(self.words)}: {', '.join(self.words)}"
-            return f"prompt {caption!r}: the model never saw the words {words}; it knows {known}."
+        known = f"it knows {len(self.words)}: {', '.join(self.words)}"
+        if not _split(caption):
+            return f"prompt {caption!r}: expected at least one word; the model reads words alone, and {known}."
+        if unknown:
+            return f"prompt {caption!r}: the model never saw the words {', '.join(map(repr, unknown))}; {known}."
         num_tokens = 1 + len(_split(caption))
         if num_tokens > self.max_tokens:
             return f"prompt {caption!r}: {num_tokens} tokens, and the model reads {self.max_tokens}; shorten it."

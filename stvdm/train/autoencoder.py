@@ -115,7 +115,8 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
 
         # Loop.
         with Telemetry(workdir, num_steps=config.total_steps, first_step=first_step) as telemetry:
-            telemetry.say(state_lib.write_report(batches.report, workdir))
+            report = state_lib.write_report(batches.report, workdir)
+            telemetry.say(report)
             for change in changed:
                 telemetry.say(change)
             for step in range(first_step, config.total_steps):
@@ -140,7 +141,8 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
                     telemetry.record(done, mean_scores([scores for scores, _ in results]), prefix="eval/")
                     telemetry.preview(done, "reconstruction", results[0][1])
 
-            telemetry.say(state_lib.write_report(batches.report, workdir))
+            if (skipped_since := state_lib.write_report(batches.report, workdir)) != report:
+                telemetry.say(skipped_since)
 
             # Finish: the averaged weights, and the scale of the latents they make.
             statistics = latent_statistics(model, state.ema, batches, config, mesh)

@@ -163,7 +163,8 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
         batches.step = first_step
         only_batch = batches.batch_at(0) if config.overfit else None
         with Telemetry(workdir, num_steps=config.total_steps, first_step=first_step) as telemetry:
-            telemetry.say(state_lib.write_report(batches.report, workdir))
+            report = state_lib.write_report(batches.report, workdir)
+            telemetry.say(report)
             num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
             telemetry.say(f"{num_params:,} parameters, a vocabulary of {len(config.text.words)} words")
             for change in changed:
@@ -190,7 +191,8 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
                         telemetry.preview(done, "samples", samples.videos, captions=previews)
 
             # Finish.
-            telemetry.say(state_lib.write_report(batches.report, workdir))
+            if (skipped_since := state_lib.write_report(batches.report, workdir)) != report:
+                telemetry.say(skipped_since)
             model = described(state.ema)
             if jax.process_index() == 0:
                 checkpoint.save_model(workdir / "model", *model, dtype=config.export_dtype)

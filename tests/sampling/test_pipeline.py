@@ -106,7 +106,7 @@ def test_words_it_never_saw_are_refused_with_those_it_knows(tiny_model):
     with pytest.raises(ValueError, match=r"never saw the words 'purple', 'giraffe'; it knows 7: a, ball, blue"):
         loaded.generate(["a purple giraffe moves"])
     for prompts in ([], [""], ["  "]):
-        with pytest.raises(ValueError, match="expected at least one|none given"):
+        with pytest.raises(ValueError, match="expected at least one"):
             loaded.generate(prompts)
     with pytest.raises(ValueError, match="and the model reads 12; shorten it"):
         loaded.generate([" ".join(["ball"] * 12)])
