@@ -305,6 +305,14 @@ def test_bfloat16_weights_are_read_as_float32(tmp_path):
     np.testing.assert_array_equal(found["kernel"], np.asarray(kernel, np.float32))
 
 
+def test_weights_are_written_as_told_and_statistics_as_they_are(tmp_path):
+    third = np.full(3, 1 / 3, np.float32)
+    checkpoint.save_model(tmp_path, {"dit": {"w": third}, "statistics": {"mean_z": third}}, {}, dtype="float16")
+    params, _ = checkpoint.load_model(tmp_path)
+    np.testing.assert_array_equal(params["dit"]["w"], third.astype(np.float16))
+    np.testing.assert_array_equal(params["statistics"]["mean_z"], third)
+
+
 def test_a_damaged_or_mixed_model_is_refused(tmp_path):
     checkpoint.save_model(tmp_path / "one", {"kernel": np.ones(4, np.float32)}, {})
     weights = tmp_path / "one" / checkpoint.WEIGHTS
