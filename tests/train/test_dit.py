@@ -31,7 +31,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(dit_config, tmp_path, one_devi
     assert _digest(tmp_path / "parts") == _digest(tmp_path / "whole")
 
 
-def test_a_run_refuses_to_go_on_with_other_data(dit_config, tmp_path):
+def test_a_run_refuses_to_go_on_with_other_data(dit_config, tmp_path, one_device):
     dit.main(dit_config(total_steps=1), tmp_path)
     with pytest.raises(ValueError, match="the data is not what step 1 was trained on"):
         dit.main(dit_config(total_steps=2, data__num_clips=65), tmp_path)
@@ -48,16 +48,21 @@ def test_sharded_equals_single_device(mesh, dit_config, tmp_path, single_device_
     np.testing.assert_allclose(_losses(tmp_path), single_device_losses, rtol=2e-5)
 
 
+SINGLE = []  # what one device gives; made by the first test that asks
+
+
 @pytest.fixture
 def single_device_losses(dit_config, tmp_path_factory):
     from stvdm import sharding
 
-    workdir = tmp_path_factory.mktemp("single")
-    with pytest.MonkeyPatch.context() as patch:
-        whole = sharding.make_mesh
-        patch.setattr(sharding, "make_mesh", lambda **axes: whole(devices=jax.devices()[:1]))
-        dit.main(dit_config(total_steps=3), workdir)
-    return _losses(workdir)
+    if not SINGLE:
+        workdir = tmp_path_factory.mktemp("single")
+        with pytest.MonkeyPatch.context() as patch:
+            whole = sharding.make_mesh
+            patch.setattr(sharding, "make_mesh", lambda **axes: whole(devices=jax.devices()[:1]))
+            dit.main(dit_config(total_steps=3), workdir)
+        SINGLE.append(_losses(workdir))
+    return SINGLE[0]
 
 
 def test_it_overfits_one_batch_of_clips_and_exports_a_model_that_samples(dit_config, tmp_path, one_device):
