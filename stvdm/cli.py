@@ -5,7 +5,8 @@
     stvdm train autoencoder --config=configs/quickstart.py:autoencoder --workdir=runs/autoencoder --config.seed=1
 
 Each command parses here, imports what it needs, calls one function of the library and prints what came of it. What the
-user can put right (ValueError, a missing file) is one line and exit status 2; `--debug` shows where it came from.
+user can put right (ValueError, a file or a package that is missing) is one line and exit status 2; `--debug` shows
+where it came from.
 """
 
 import argparse

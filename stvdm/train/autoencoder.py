@@ -105,10 +105,10 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
 
     with jax.set_mesh(mesh), checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
         # Restore or initialise.
-        state_lib.check_kind(checkpoints, config)
+        before = state_lib.config_before(checkpoints, config.kind)
         state, shardings = state_lib.initialise(init, optimizer, mesh)
         batches, held_out = state_lib.open_batches(config)
-        state, first_step, changed = state_lib.resume(checkpoints, state, batches.position, config)
+        state, first_step = state_lib.resume(checkpoints, state, batches.position)
         batches.step = first_step
         train_step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
         only_batch = batches.batch_at(0) if config.overfit else None
@@ -117,7 +117,7 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
         with Telemetry(workdir, num_steps=config.total_steps, first_step=first_step) as telemetry:
             report = state_lib.write_report(batches.report, workdir)
             telemetry.say(report)
-            for change in changed:
+            for change in state_lib.changed_settings(before or config.to_dict(), config.to_dict()):
                 telemetry.say(change)
             for step in range(first_step, config.total_steps):
                 with telemetry.timed("data"):

@@ -75,33 +75,33 @@ def gathered(tree: Tree, mesh: Mesh) -> Tree:
     return jax.device_get(jax.jit(lambda t: t, out_shardings=sharding.replicated(mesh))(tree))
 
 
-def resume(
-    checkpoints: Checkpoints, state: State, position: Mapping[str, Any], config: ConfigDict
-) -> tuple[State, int, list[str]]:
-    """The state to start from, its step, and which settings changed since, a line each.
-
-    It is that of the newest checkpoint, if the data is still what it was; without one it is ``state``.
+def resume(checkpoints: Checkpoints, state: State, position: Mapping[str, Any]) -> tuple[State, int]:
+    """The state to start from and its step: the newest checkpoint, if the data is still what it was, or ``state``.
 
     Raises:
       ValueError: if the data at ``position`` is not what the checkpoint was trained on.
     """
     if checkpoints.latest is None:
-        return state, 0, []
+        return state, 0
     state, saved = checkpoints.restore(state)
-    return state, check_position(saved, position), changed_settings(checkpoints.config(), config.to_dict())
+    return state, check_position(saved, position)
 
 
-def check_kind(checkpoints: Checkpoints, config: ConfigDict) -> None:
-    """Refuses a workdir of the other kind of training, before anything is opened for it.
+def config_before(checkpoints: Checkpoints, kind: str) -> dict[str, Any] | None:
+    """The config that the newest checkpoint was trained with, None if there is none.
 
     Raises:
-      ValueError: if its checkpoints are of another kind than ``config``.
+      ValueError: if it is of another kind of training.
     """
-    if checkpoints.latest is not None and (kind := checkpoints.config()["kind"]) != config.kind:
+    if checkpoints.latest is None:
+        return None
+    before = checkpoints.config()
+    if before["kind"] != kind:
         raise ValueError(
-            f"the checkpoints in this workdir are of kind {kind!r}: expected {config.kind!r}, so give each training a "
-            "--workdir of its own."
+            f"the checkpoints in this workdir are of kind {before['kind']!r}: expected {kind!r}, so give each training "
+            "a --workdir of its own."
         )
+    return before
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], *, prefix: str = "") -> list[str]:
