@@ -5,8 +5,8 @@
     stvdm train autoencoder --config=configs/quickstart.py:autoencoder --workdir=runs/autoencoder --config.seed=1
 
 Each command parses here, imports what it needs, calls one function of the library and prints what came of it. What the
-user can put right (ValueError, a missing file, a full disk, a loss that is not finite) is one line; `--debug` shows
-where it came from. Exit status:
+user can put right (ValueError, a file or a package that is missing, a full disk, a loss that is not finite) is one
+line; `--debug` shows where it came from. Exit status:
 
     0    done
     1    something around us failed, which may pass: a disk, a network

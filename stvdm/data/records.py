@@ -139,6 +139,24 @@ def finish(directory: str | os.PathLike, *, num_shards: int, about: Mapping[str,
     return metadata
 
 
+def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
+    """What `finish` wrote of a directory.
+
+    Raises:
+      ValueError: if the directory is not finished, or of another version.
+    """
+    file = Path(path) / "metadata.json"
+    if not file.is_file():
+        raise ValueError(
+            f"path={str(path)!r}: expected a directory with metadata.json, so finish writing it "
+            "(`stvdm preprocess` goes on where it stopped)"
+        )
+    metadata = json.loads(file.read_text("utf-8"))
+    if metadata["version"] != VERSION:
+        raise ValueError(f"path={str(path)!r}: version {metadata['version']}, expected {VERSION}, so write it again")
+    return metadata
+
+
 class RecordSource:
     """What `write_shard` and `finish` wrote, as a source for the loader.
 
@@ -148,16 +166,7 @@ class RecordSource:
 
     def __init__(self, path: str | os.PathLike):
         folder = Path(path)
-        if not (folder / "metadata.json").is_file():
-            raise ValueError(
-                f"path={str(path)!r}: expected a directory with metadata.json, so finish writing it "
-                "(`stvdm preprocess` goes on where it stopped)"
-            )
-        self.metadata = json.loads((folder / "metadata.json").read_text("utf-8"))
-        if self.metadata["version"] != VERSION:
-            raise ValueError(
-                f"path={str(path)!r}: version {self.metadata['version']}, expected {VERSION}, so write it again"
-            )
+        self.metadata = read_metadata(path)
         self.path = folder
         self.kind: Literal["video", "latent"] = self.metadata["kind"]
         self.fingerprint: str = self.metadata["fingerprint"]

@@ -72,11 +72,11 @@ def main(
         batch_size=min(batch, num),
     )
 
-    columns = {
-        "generated": score_all(result.videos, scenes, fps=pipeline.fps, world=world),
-        "reconstructed": score_all(rebuilt, scenes, fps=pipeline.fps, world=world),
-        "real": score_all(real, scenes, fps=pipeline.fps, world=world),
+    scores = {
+        name: [physics.score(*pair, fps=pipeline.fps, world=world) for pair in zip(videos, scenes, strict=True)]
+        for name, videos in (("generated", result.videos), ("reconstructed", rebuilt), ("real", real))
     }
+    columns = {name: physics.summarise(clips) for name, clips in scores.items()}
     report = {
         "conditions": {
             "prompts": f"kinetic shapes, test split, seed {seed}, {num} scenes",
@@ -88,8 +88,8 @@ def main(
         },
         "items": table(columns),
         "all_right_by_things": {
-            num_things: _cell(score_all(result.videos[which], scenes_of, fps=pipeline.fps, world=world)["all_right"])
-            for num_things, which, scenes_of in _by_things(scenes)
+            num_things: _cell(physics.summarise(clips)["all_right"])
+            for num_things, clips in _by_things(scores["generated"], scenes)
         },
         "reconstruction": reconstruction(rebuilt, real),
         "flicker": {
@@ -108,12 +108,6 @@ def main(
     print(as_text(report))
     say(f"in {', '.join(str(Path(output).with_suffix(suffix)) for suffix in (Path(output).suffix, '.png', '.gif'))}")
     return report
-
-
-def score_all(videos: np.ndarray, scenes: Sequence[Scene], *, fps: float, world: World) -> dict[str, physics.Row]:
-    """Mean and interval of each item over clips, each against the scene it was asked for."""
-    scores = [physics.score(video, scene, fps=fps, world=world) for video, scene in zip(videos, scenes, strict=True)]
-    return physics.summarise(scores)
 
 
 def table(columns: dict[str, dict[str, physics.Row]]) -> dict[str, Any]:
@@ -172,12 +166,12 @@ def as_text(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _by_things(scenes: Sequence[Scene]) -> Iterator[tuple[int, np.ndarray, list[Scene]]]:
-    """(number of things, which scenes have so many, those scenes)."""
-    counts = np.asarray([len(scene.things) for scene in scenes])
-    for num_things in np.unique(counts).tolist():
-        which = np.flatnonzero(counts == num_things)
-        yield num_things, which, [scenes[index] for index in which.tolist()]
+def _by_things(
+    scores: Sequence[dict[str, float]], scenes: Sequence[Scene]
+) -> Iterator[tuple[int, list[dict[str, float]]]]:
+    """(number of things, the scores of the clips that have so many)."""
+    for num_things in sorted({len(scene.things) for scene in scenes}):
+        yield num_things, [s for s, scene in zip(scores, scenes, strict=True) if len(scene.things) == num_things]
 
 
 def _cell(row: physics.Row) -> dict[str, float]:

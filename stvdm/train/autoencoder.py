@@ -125,9 +125,9 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
         checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints, gets_on=supervisor.beat) as checkpoints,
     ):
         # Restore or initialise.
-        state_lib.check_kind(checkpoints, config)
+        before = state_lib.config_before(checkpoints, config.kind)
         batches, held_out = state_lib.open_batches(config, mesh)
-        state, first_step, changed = state_lib.resume(checkpoints, config, run, mesh, position=batches.position)
+        state, first_step = state_lib.resume(checkpoints, config, run, mesh, position=batches.position)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
         batches.step = first_step
         train_step = jax.jit(run.step, donate_argnums=0, out_shardings=(shardings, None))
@@ -144,7 +144,7 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
         ) as telemetry:
             report = state_lib.write_report(batches.report, workdir)
             telemetry.say(report)
-            for change in changed:
+            for change in state_lib.changed_settings(before or config.to_dict(), config.to_dict()):
                 telemetry.say(change)
             for step in range(first_step, config.total_steps):
                 with telemetry.timed("data"):

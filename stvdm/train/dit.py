@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 from stvdm import checkpoint, shapes, sharding
 from stvdm import config as base
 from stvdm.data.loader import Loader
-from stvdm.data.records import RecordSource
+from stvdm.data.records import read_metadata
 from stvdm.diffusion import flow
 from stvdm.models import autoencoder3d
 from stvdm.models.autoencoder3d import Autoencoder
@@ -154,20 +154,20 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
         checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints, gets_on=supervisor.beat) as checkpoints,
     ):
         # Autoencoder, data and words.
-        state_lib.check_kind(checkpoints, config)
+        before = state_lib.config_before(checkpoints, config.kind)
         coder_params, coder_description = load_autoencoder(config.autoencoder)
         coder = pipeline.autoencoder_of(coder_description["autoencoder"])
         check_buckets(config, coder)
         batches, held_out = state_lib.open_batches(config, mesh)
         check_latents(config, coder_description)
-        config = base.with_words(config, words_of(config, checkpoints, batches))
+        config = base.with_words(config, words_of(config, before, batches))
         settings = config.to_dict()
         tokenizer = WordTokenizer(tuple(config.text.words), config.text.max_tokens)
         previews = previews_of(config, tokenizer, held_out)
 
         # Restore or initialise.
         run = program(config, coder)
-        state, first_step, changed = state_lib.resume(checkpoints, config, run, mesh, position=batches.position)
+        state, first_step = state_lib.resume(checkpoints, config, run, mesh, position=batches.position)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
         frozen = jax.device_put(frozen_weights(config, coder_params), sharding.replicated(mesh))
         train_step = jax.jit(run.step, donate_argnums=0, out_shardings=(shardings, None))
@@ -215,7 +215,7 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
             telemetry.say(report)
             num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
             telemetry.say(f"{num_params:,} parameters, a vocabulary of {len(config.text.words)} words")
-            for change in changed:
+            for change in state_lib.changed_settings(before or settings, settings):
                 telemetry.say(change)
             for step in range(first_step, config.total_steps):
                 with telemetry.timed("data"):
@@ -281,10 +281,10 @@ def latent_reader(coder: Autoencoder, *, ready: bool) -> Callable[[Tree, Tree], 
     return read
 
 
-def words_of(config: ConfigDict, checkpoints: checkpoint.Checkpoints, batches: Loader) -> tuple[str, ...]:
+def words_of(config: ConfigDict, before: dict[str, Any] | None, batches: Loader) -> tuple[str, ...]:
     """The vocabulary: of the checkpoint, of the config, or of the training captions, in this order."""
-    if checkpoints.latest is not None:
-        return tuple(checkpoints.config()["text"]["words"])
+    if before is not None:
+        return tuple(before["text"]["words"])
     return tuple(config.text.words) or collect_words(itertools.islice(batches.captions(), MAX_CAPTIONS))
 
 
@@ -309,7 +309,7 @@ def check_latents(config: ConfigDict, coder_description: dict[str, Any]) -> None
     """
     for path in (config.data.path, config.data.validation_path):
         if config.data.source == "latents" and path:
-            made_by, here = RecordSource(path).metadata["about"].get("autoencoder"), coder_description["sha256"]
+            made_by, here = read_metadata(path)["about"].get("autoencoder"), coder_description["sha256"]
             if made_by not in (None, here):
                 raise ValueError(
                     f"{path}: latents of an autoencoder with sha256 {made_by[:12]}..., expected that of "

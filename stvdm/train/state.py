@@ -3,7 +3,7 @@
 
 batches, held_out = open_batches(config, mesh)
 optimizer, rate = make_optimizer(config.optimizer, config.total_steps)
-state, first_step, changed = resume(checkpoints, config, program, mesh, position=batches.position)
+state, first_step = resume(checkpoints, config, program, mesh, position=batches.position)
 state, metrics = update(state, grads, loss=loss, optimizer=optimizer, ema_decay=0.999)     # inside the jitted step
 """
 
@@ -107,34 +107,35 @@ def to_mesh(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
 
 def resume(
     checkpoints: Checkpoints, config: ConfigDict, program: Program, mesh: Mesh, *, position: Mapping[str, Any]
-) -> tuple[State, int, list[str]]:
-    """The state to start from, its step, and which settings changed since, a line each.
-
-    It is that of the newest checkpoint, or a fresh one. Memory never holds both.
+) -> tuple[State, int]:
+    """The state to start from and its step: that of the newest checkpoint, or a fresh one. Memory never holds both.
 
     Raises:
       ValueError: if the data at ``position``, or the optimiser, is not what the checkpoint was trained with.
     """
     if checkpoints.latest is None:
-        return initialise(program, mesh)[0], 0, []
-    before = checkpoints.config()
+        return initialise(program, mesh)[0], 0
     first_step = check_position(checkpoints.position(), position)
-    _check_optimizer(before["optimizer"], config.optimizer)
+    _check_optimizer(checkpoints.config()["optimizer"], config.optimizer)
     state, _ = checkpoints.restore(abstract_state(program, mesh))
-    return state, first_step, changed_settings(before, config.to_dict())
+    return state, first_step
 
 
-def check_kind(checkpoints: Checkpoints, config: ConfigDict) -> None:
-    """Refuses a workdir of the other kind of training, before anything is opened for it.
+def config_before(checkpoints: Checkpoints, kind: str) -> dict[str, Any] | None:
+    """The config that the newest checkpoint was trained with, None if there is none.
 
     Raises:
-      ValueError: if its checkpoints are of another kind than ``config``.
+      ValueError: if it is of another kind of training.
     """
-    if checkpoints.latest is not None and (kind := checkpoints.config()["kind"]) != config.kind:
+    if checkpoints.latest is None:
+        return None
+    before = checkpoints.config()
+    if before["kind"] != kind:
         raise ValueError(
-            f"the checkpoints in this workdir are of kind {kind!r}: expected {config.kind!r}, so give each training a "
-            "--workdir of its own."
+            f"the checkpoints in this workdir are of kind {before['kind']!r}: expected {kind!r}, so give each training "
+            "a --workdir of its own."
         )
+    return before
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], *, prefix: str = "") -> list[str]:

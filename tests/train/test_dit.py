@@ -33,7 +33,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(dit_config, tmp_path, one_devi
     assert _digest(tmp_path / "parts") == _digest(tmp_path / "whole")
 
 
-def test_a_run_refuses_to_go_on_with_other_data(dit_config, tmp_path):
+def test_a_run_refuses_to_go_on_with_other_data(dit_config, tmp_path, one_device):
     dit.main(dit_config(total_steps=1), tmp_path)
     with pytest.raises(ValueError, match="the data is not what step 1 was trained on"):
         dit.main(dit_config(total_steps=2, data__num_clips=65), tmp_path)

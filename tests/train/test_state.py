@@ -253,14 +253,14 @@ def test_a_checkpoint_is_gone_on_from_without_a_fresh_state_beside_it(tmp_path, 
     mesh, position = sharding.make_mesh(fsdp=4, tensor=2), {"step": 0, "seed": 0}
     config = base.dit()
     with Checkpoints(tmp_path) as checkpoints:
-        state, first_step, _ = state_lib.resume(checkpoints, config, _program(), mesh, position=position)
+        state, first_step = state_lib.resume(checkpoints, config, _program(), mesh, position=position)
         assert first_step == 0
         saved = state._replace(params=jax.tree.map(lambda leaf: leaf + 1, state.params))
         checkpoints.save(3, saved, position={**position, "step": 3}, config=config.to_dict())
     monkeypatch.setattr(state_lib, "initialise", lambda *_: pytest.fail("twice the memory"))
     with Checkpoints(tmp_path) as checkpoints:
-        found, first_step, changed = state_lib.resume(checkpoints, config, _program(), mesh, position=position)
-        assert (first_step, changed) == (3, [])
+        found, first_step = state_lib.resume(checkpoints, config, _program(), mesh, position=position)
+        assert first_step == 3
         expected = state_lib.abstract_state(_program(), mesh)
         assert jax.tree.all(jax.tree.map(lambda leaf, like: leaf.sharding == like.sharding, found, expected))
         jax.tree.map(np.testing.assert_array_equal, found, saved)
@@ -268,7 +268,7 @@ def test_a_checkpoint_is_gone_on_from_without_a_fresh_state_beside_it(tmp_path, 
             state_lib.resume(checkpoints, config, _program(), mesh, position={**position, "seed": 1})
         config.optimizer.moments = "bfloat16"
         with pytest.warns(UserWarning, match="saved 'float32', now 'bfloat16': the first moments are converted"):
-            found, *_ = state_lib.resume(checkpoints, config, _program(moments="bfloat16"), mesh, position=position)
+            found, _ = state_lib.resume(checkpoints, config, _program(moments="bfloat16"), mesh, position=position)
         assert {leaf.dtype for leaf in jax.tree.leaves(found.opt_state)} >= {jnp.dtype(jnp.bfloat16)}
         config.optimizer.name = "muon"
         with pytest.raises(ValueError, match="optimizer.name: saved 'adamw', now 'muon'"):
