@@ -207,7 +207,7 @@ def _meshes(config: ConfigDict, outline: Json, num_devices: int, num_slices: int
 def _worthwhile(policies: tuple[str, ...], flops: Callable[[str], float]) -> tuple[str, ...]:
     """The policies, without those that compute more again than one of less memory does."""
     costs = [flops(policy) for policy in policies]
-    return tuple(policy for i, policy in enumerate(policies) if all(costs[i] < cost for cost in costs[i + 1 :]))
+    return tuple(policy for i, policy in enumerate(policies) if all(costs[i] <= cost for cost in costs[i + 1 :]))
 
 
 def _ladder(config: ConfigDict, mesh: Mapping[str, int], policies: tuple[str, ...]) -> Iterator[Rung]:

@@ -443,6 +443,7 @@ def get_config():
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("processes")
 @pytest.mark.parametrize(
     "fault, said", [(signal.SIGKILL, "was killed by SIGKILL"), (signal.SIGSTOP, "silent for 120 s")]
 )
