@@ -318,15 +318,16 @@ def _autoencoder_problems(config: ConfigDict) -> Iterator[str]:
             yield f"model.{name}={tuple(model[name])}: expected {stages - 1} entries, one between each two stages."
     for bucket in config.data.buckets:
         try:
-            _, rows, _ = shapes.latent_shape(tuple(bucket[:3]), **compression(model))
+            _, *sides = shapes.latent_shape(tuple(bucket[:3]), **compression(model))
         except ValueError as error:
             yield f"data.buckets {tuple(bucket[:3])}: {error}"
             continue
-        if rows % max(1, config.mesh.context):
-            yield (
-                f"data.buckets {tuple(bucket[:3])}: its latents have {rows} rows, expected a multiple of mesh.context="
-                f"{config.mesh.context}, over which they are split."
-            )
+        for side, size, axis in zip(("rows", "columns"), sides, ("context", "tensor"), strict=True):
+            if size % max(1, config.mesh[axis]):
+                yield (
+                    f"data.buckets {tuple(bucket[:3])}: its latents have {size} {side}, expected a multiple of mesh."
+                    f"{axis}={config.mesh[axis]}, over which they are split."
+                )
 
 
 def _dit_problems(config: ConfigDict) -> Iterator[str]:

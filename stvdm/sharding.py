@@ -29,6 +29,7 @@ AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {  # logical name -> mesh 
     "batch": ("data", "fsdp"),  # examples
     "tokens": "context",  # video tokens of one example
     "rows": "context",  # rows of the frames of one example: convolutions exchange their borders
+    "columns": "tensor",  # and their columns
     "width": "fsdp",  # a weight's D
     "heads": "tensor",  # a weight's heads x head width, and activations by head
     "mlp": "tensor",  # a weight's F

@@ -36,8 +36,9 @@ from stvdm.sharding import constrain
 Cache = dict[str, Any]  # the last inputs of the time convolutions; {} before the first chunk
 Statistics = dict[str, jax.Array]  # {"mean_z", "std_z"} of latents
 
-# Between stages frames lie split by rows; the compiler has neighbours exchange the borders that convolutions see.
-SPLIT = ("batch", None, "rows", None, None)
+# Between stages frames lie split by rows and columns; the compiler has neighbours exchange the borders that a
+# convolution sees. Time is not split: two or three frames a device would be mostly border.
+SPLIT = ("batch", None, "rows", "columns", None)
 
 
 class Autoencoder(nn.Module):

@@ -33,7 +33,7 @@ BETWEEN_SLICES = "between slices"  # the kind of what goes over the network of t
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _TYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "token": 0}
 
-_IOTA = r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
+_IOTA = r"(?:\[([\d,]+)\]<=)?\[([\d,]+)\](?:T\(([\d,]+)\))?"
 _AXIS = r"'([^']+)'(?::\((\d+)\)(\d+))?"
 
 Counts = dict[tuple[str, tuple[str, ...]], tuple[int, float, bool]]  # (kind, axes) -> num, bytes, exact
@@ -133,12 +133,10 @@ def _array_bytes(kind: str, dimensions: str) -> float:
 
 
 def _iota(said: re.Match[str]) -> np.ndarray:
-    """[2,4]<=[4,2]T(1,0): the numbers 0 to 7 as (4, 2), transposed, as (2, 4)."""
-    rows, order = ([int(n) for n in part.split(",")] for part in (said[1], said[2]))
-    ids = np.arange(math.prod(order)).reshape(order)
-    if said[3]:
-        ids = ids.transpose([int(n) for n in said[3].split(",")])
-    return ids.reshape(rows)
+    """[2,4]<=[4,2]T(1,0): the numbers 0 to 7 as (4, 2), transposed, as (2, 4); without [2,4]<= as one row."""
+    rows, order, axes = ([int(n) for n in part.split(",")] if part else None for part in said.groups())
+    ids = np.arange(math.prod(order or ())).reshape(order or ())
+    return ids.transpose(axes).reshape(rows or -1)
 
 
 def _groups_of_named_axes(mesh: str, order: str | None, among: str) -> list[list[int]]:

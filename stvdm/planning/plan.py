@@ -175,16 +175,16 @@ class Fit:
     fits: bool
     refusal: str  # what the compiler said, "" if it did not refuse
     limit_bytes: float
-    needed_bytes: (
-        float | None
-    )  # as the compiler counts, where it refuses; else arguments + temporaries - what is reused
+    needed_bytes: float | None  # as the compiler counts, where it refuses; else all below, what is reused counted once
     argument_bytes: float | None
     temporary_bytes: float | None
+    peak_bytes: float | None  # the most that is alive at any one time
     collectives: tuple[Collective, ...]
     model_flops: float  # per device
     bounds: dict[str, float]  # the least time of a step for its arithmetic, memory, links and network, each alone
     chip: dict[str, Any]  # the peaks of a device, and where they are published
     compile_seconds: float
+    compile_cpu_seconds: float  # of all threads: what stays the same on a busy machine
 
     @property
     def step_seconds(self) -> float:
@@ -213,7 +213,14 @@ def compiled(config: ConfigDict, coder: Autoencoder, where: Topology, plan: Outl
     chip = CHIPS[where.chip]
     mesh = sharding.make_mesh(**config.mesh, devices=where.devices)
     program, arguments = _program(config, coder, mesh)
-    started = time.perf_counter()
+    started = time.perf_counter(), time.process_time()
+
+    def spent() -> dict[str, Any]:
+        return {
+            "compile_seconds": time.perf_counter() - started[0],
+            "compile_cpu_seconds": time.process_time() - started[1],
+        }
+
     fit = Fit(
         topology=where.name,
         num_slices=where.num_slices,
@@ -227,11 +234,13 @@ def compiled(config: ConfigDict, coder: Autoencoder, where: Topology, plan: Outl
         needed_bytes=None,
         argument_bytes=None,
         temporary_bytes=None,
+        peak_bytes=None,
         collectives=(),
         model_flops=plan.model_flops / len(where.devices),
         bounds={},
         chip=chip._asdict(),
         compile_seconds=0.0,
+        compile_cpu_seconds=0.0,
     )
     with jax.set_mesh(mesh):
         out = jax.tree.map(lambda leaf: leaf.sharding, arguments[0])
@@ -241,8 +250,7 @@ def compiled(config: ConfigDict, coder: Autoencoder, where: Topology, plan: Outl
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            seconds = time.perf_counter() - started
-            return dataclasses.replace(fit, compile_seconds=seconds, **refused(str(error), fit.limit_bytes))
+            return dataclasses.replace(fit, **spent(), **refused(str(error), fit.limit_bytes))
     memory: Any = program_here.memory_analysis()
     argument, output = float(memory.argument_size_in_bytes), float(memory.output_size_in_bytes)
     needed = argument + memory.temp_size_in_bytes + output - memory.alias_size_in_bytes
@@ -255,6 +263,7 @@ def compiled(config: ConfigDict, coder: Autoencoder, where: Topology, plan: Outl
         needed_bytes=needed,
         argument_bytes=argument,
         temporary_bytes=float(memory.temp_size_in_bytes),
+        peak_bytes=float(memory.peak_memory_in_bytes),
         collectives=collectives,
         bounds={
             "arithmetic": sum(plan.step_flops.values()) / len(where.devices) / chip.flops,
@@ -262,7 +271,7 @@ def compiled(config: ConfigDict, coder: Autoencoder, where: Topology, plan: Outl
             "links": links / chip.link_bandwidth,
             "network": network / chip.network_bandwidth,
         },
-        compile_seconds=time.perf_counter() - started,
+        **spent(),
     )
 
 

@@ -58,7 +58,8 @@ def _compiled(fit: Json) -> list[str]:
     slices = "" if fit["num_slices"] == 1 else f"{fit['num_slices']} slices of "
     lines = [
         f"compiled for {slices}{fit['topology']} ({fit['num_devices']} devices: {mesh_text(fit['mesh'])}; "
-        f"remat {fit['remat']}, {fit['accumulate']} micro-batches) in {fit['compile_seconds']:.0f} s"
+        f"remat {fit['remat']}, {fit['accumulate']} micro-batches) in {fit['compile_seconds']:.0f} s, "
+        f"{fit['compile_cpu_seconds']:.0f} CPU-seconds"
     ]
     if not fit["fits"]:
         return [
@@ -69,7 +70,8 @@ def _compiled(fit: Json) -> list[str]:
     chip = fit["chip"]
     lines.append(
         f"  fits: {room(fit)} a device, {fit['margin_bytes'] / fit['limit_bytes']:.0%} to spare "
-        f"(arguments {gib(fit['argument_bytes'])}, temporaries {gib(fit['temporary_bytes'])})"
+        f"(arguments {gib(fit['argument_bytes'])}, temporaries {gib(fit['temporary_bytes'])}; "
+        f"peak {gib(fit['peak_bytes'])})"
     )
     for collective in fit["collectives"]:
         over = " and ".join(collective["axes"]) or "nothing"

@@ -187,11 +187,12 @@ def _row(one: Tried) -> str:
 def _meshes(config: ConfigDict, outline: Json, num_devices: int, num_slices: int) -> Iterator[dict[str, int]]:
     """The meshes of so many devices that divide batch and model."""
     is_dit, batch = config.kind == "dit", config.data.buckets[0][3]
+    _, rows, columns = outline["clips"][0]["latent"]
     sizes = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
     for context, tensor in itertools.product(sizes, sizes):
         if context > LARGEST["context"] or tensor > LARGEST["tensor"] or num_devices % (context * tensor):
             continue
-        if not is_dit and (tensor > 1 or outline["clips"][0]["latent"][1] % context):
+        if not is_dit and (rows % context or columns % tensor):
             continue
         if is_dit and (config.model.num_heads % tensor or config.model.mlp_width % tensor):
             continue

@@ -58,6 +58,7 @@ def test_loops_are_multiplied_out():
         ("replica_groups=mesh['a'=8] {'a':(1)2}", ("data",), 2),
         ("replica_groups=mesh['a'=8] {'a':(4)2}", ("fsdp",), 2),
         ("replica_groups=mesh['a'=4,'b'=2], device_ids=([8]<=[2,4]T(1,0)) {'b'}", ("data",), 2),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}", ("data",), 2),
         ("source_target_pairs={{0,1},{1,2},{2,3},{3,0}}", ("fsdp",), 2),
     ],
 )

@@ -47,6 +47,15 @@ def test_five_seconds_of_512_pixels(patch, tokens):
         assert clip["attention_pairs"]["factorised"] == 32_378_880
 
 
+@pytest.mark.parametrize(("frames", "latents"), [(121, 31), (81, 21), (49, 13), (1, 1)])
+def test_the_first_frame_alone(frames, latents):
+    config = small_dit()
+    config.data.buckets = ((frames, 480, 832, 1, 1.0),)
+    (clip,) = plan.outline(config, CODER.clone(grouping="causal")).to_json()["clips"]
+    assert clip["latent"] == (latents, 60, 104)
+    assert clip["tokens"] == latents * 30 * 52
+
+
 def test_parameters_are_those_that_a_run_makes():
     config = small_dit()
     counted = plan.outline(config, CODER).parameters
@@ -189,7 +198,7 @@ def test_the_real_step_compiles_for_a_slice():
 @tpu_compiler
 def test_too_much_for_the_memory_is_an_answer():
     config = small_dit()
-    config.data.buckets = ((8, 512, 512, 64, 1.0),)
+    config.model.update(dict(width=4096, num_layers=6, num_heads=32, mlp_width=16384))
     outline = plan.outline(config, CODER)
     fit = plan.compiled(config, CODER, chips.topology("v5e:1x1"), outline)
     assert not fit.fits

@@ -31,7 +31,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(autoencoder_config, tmp_path, 
     assert _digest(tmp_path / "parts") == _digest(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("mesh", [dict(data=8), dict(data=2, fsdp=2, context=2)], ids=["examples", "and-rows"])
+@pytest.mark.parametrize("mesh", [dict(data=8), dict(data=1, fsdp=2, context=2, tensor=2)], ids=["examples", "borders"])
 def test_sharded_equals_single_device(autoencoder_config, tmp_path, mesh):
     config = autoencoder_config(total_steps=3)
     config.mesh.update(mesh)

@@ -37,8 +37,7 @@ for name, value in flags.items():
 
 
 def check(chip, flags, libtpu_init_args=""):
-    environment = dict(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
-    environment |= {"LIBTPU_INIT_ARGS": libtpu_init_args, "JAX_COMPILATION_CACHE_DIR": ""}
+    environment = {"LIBTPU_INIT_ARGS": libtpu_init_args, "JAX_COMPILATION_CACHE_DIR": ""}
     return subprocess.run(
         [sys.executable, "-c", CHECK, f"{chip}:{SMALLEST[chip]}", json.dumps(flags)],
         env={**os.environ, **environment},

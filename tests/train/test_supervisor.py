@@ -445,7 +445,11 @@ def get_config():
 @pytest.mark.slow
 @pytest.mark.xdist_group("processes")
 @pytest.mark.parametrize(
-    "fault, said", [(signal.SIGKILL, "was killed by SIGKILL"), (signal.SIGSTOP, "silent for 120 s")]
+    "fault, said",
+    [
+        (signal.SIGKILL, "was killed by SIGKILL"),
+        (signal.SIGSTOP, "silent for 120 s|died"),
+    ],  # of silence, or its peer of it
 )
 def test_two_processes_train_one_is_lost_and_the_losses_go_on_as_if_nothing_had_happened(tmp_path, capfd, fault, said):
     (tmp_path / "config.py").write_text(CONFIG)
@@ -477,7 +481,7 @@ def test_two_processes_train_one_is_lost_and_the_losses_go_on_as_if_nothing_had_
                 for _ in range(2):  # asked twice, it leaves nothing behind
                     process.terminate()
                     time.sleep(1)
-    assert said in capfd.readouterr().err
+    assert re.search(said, capfd.readouterr().err)
     assert 31 < lines("parts") < 31 + killed_at  # some steps again, but not from the first; one line is an evaluation
     losses = {name: [r["loss"] for r in read_metrics(tmp_path / name) if "loss" in r] for name in ("whole", "parts")}
     assert len(losses["whole"]) == 30
