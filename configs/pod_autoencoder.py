@@ -7,7 +7,7 @@
 
 Expects a folder of your own videos (`data.path`). **Unproven**: compiled for these slices, never run on one.
 
-TABLE
+    stvdm plan --config=configs/pod_autoencoder.py --variants        what each of them needs, as a table
 """
 
 from typing import NamedTuple

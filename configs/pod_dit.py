@@ -9,7 +9,7 @@ Expects latents that `stvdm preprocess` made. The sizes called 1.3b, 5b and 14b 
 (arXiv:2503.20314). Parameters and plans leave out the words, which are collected from the captions. **Unproven**:
 compiled for these slices, never run on one.
 
-TABLE
+    stvdm plan --config=configs/pod_dit.py --variants        what each of them needs, as a table
 """
 
 from typing import NamedTuple

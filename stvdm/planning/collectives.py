@@ -11,7 +11,7 @@ import collections
 import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +33,7 @@ BETWEEN_SLICES = "between slices"  # the kind of what goes over the network of t
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _TYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "token": 0}
 
+_CALLS = re.compile(r" (?:fusion|call|async-start)\(.*(?:calls|to_apply)=%?([\w.\-]+)")
 _IOTA = r"(?:\[([\d,]+)\]<=)?\[([\d,]+)\](?:T\(([\d,]+)\))?"
 _AXIS = r"'([^']+)'(?::\((\d+)\)(\d+))?"
 
@@ -51,7 +52,11 @@ def collectives_of(hlo: str, mesh: Mesh, *, num_slices: int = 1) -> Iterator[Col
     """
     bodies = _computations(hlo)
 
-    def walk(name: str) -> Counts:
+    # A TPU may gather in pieces, beside the arithmetic of several fusions; each of them names the gather that started.
+    starts = [_CALLS.search(line) for lines in bodies.values() for line in lines if _is_start(line)]
+    started = {_channel(line) for call in filter(None, starts) for line in bodies[call[1]]} - {None}
+
+    def walk(name: str, *, counted: Collection[str | None] = ()) -> Counts:
         found: Counts = {}
         for line in bodies.get(name, ()):
             loop = re.search(r" while\(.*body=%?([\w.\-]+)", line)
@@ -59,25 +64,34 @@ def collectives_of(hlo: str, mesh: Mesh, *, num_slices: int = 1) -> Iterator[Col
             called = [*re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", line)]
             called = called or ([part.strip().lstrip("%") for part in branches[1].split(",")] if branches else [])
             if loop:
-                turns = re.search(r"known_trip_count[^0-9]*(\d+)", line)
-                inside = walk(loop[1])
-                _merge(found, inside, times=int(turns[1]) if turns else 1, exact=turns is not None)
+                turns = _turns(line, bodies[name], bodies)
+                _merge(found, walk(loop[1]), times=turns or 1, exact=turns is not None)
             elif called:
                 _merge(found, max(map(walk, called), key=lambda counts: sum(entry[1] for entry in counts.values())))
-            elif inner := re.search(r" (?:fusion|call|async-start)\(.*(?:calls|to_apply)=%?([\w.\-]+)", line):
-                inside = walk(inner[1])
+            elif inner := _CALLS.search(line):
+                inside = walk(inner[1], counted=() if _is_start(line) else started)
                 if inner[1].startswith("all-reduce-scatter"):  # a TPU's reduce-scatter: each keeps a part of the sum
                     inside = {
                         ("reduce-scatter" if kind == "all-reduce" else kind, axes): (num, size / 2, exact)
                         for (kind, axes), (num, size, exact) in inside.items()
                     }
                 _merge(found, inside)
-            else:
+            elif _channel(line) not in counted:
                 _merge(found, _collective(line, mesh, num_slices))
         return found
 
     for (kind, axes), (num, size, exact) in sorted(walk("ENTRY").items(), key=lambda item: -item[1][1]):
         yield Collective(kind, axes, num, size, exact)
+
+
+def _is_start(line: str) -> bool:
+    return line.lstrip().startswith("%async-collective-start")
+
+
+def _channel(line: str) -> str | None:
+    """The number that a transfer goes by."""
+    said = re.search(r"channel_id=(\d+)", line)
+    return said and said[1]
 
 
 def _collective(line: str, mesh: Mesh, num_slices: int) -> Counts:
@@ -101,6 +115,50 @@ def _collective(line: str, mesh: Mesh, num_slices: int) -> Counts:
     share = (group - 1) / group
     sent = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(kind, share) * whole
     return {(kind, axes): (1, sent, True)}
+
+
+def _turns(line: str, around: list[str], bodies: dict[str, list[str]]) -> int | None:
+    """How often a loop turns: as the program says, else by what it counts from, by and up to; None if unclear."""
+    if known := re.search(r"known_trip_count[^0-9]*(\d+)", line):
+        return int(known[1])
+    said = re.search(r" while\(%?([\w.\-]+)\), condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
+    if not said:
+        return None
+    here, condition, body = (_definitions(lines) for lines in (around, bodies.get(said[2], []), bodies[said[3]]))
+    kind, compared, rest = _operation(condition.get("ROOT", ""))
+    place = re.search(r"index=(\d+)", _operation(condition.get(compared[0], ""))[2]) if compared else None
+    if kind != "compare" or "direction=LT" not in rest or not place:
+        return None
+    _, starts, _ = _operation(here.get(said[1], ""))
+    _, ends, _ = _operation(body["ROOT"])
+    kind, added, _ = _operation(body.get(ends[int(place[1])], ""))
+    numbers = [_constant(body, name) for name in added] if kind == "add" else []
+    step = next((number for number in numbers if number is not None), None)
+    first, end = _constant(here, starts[int(place[1])]), _constant(condition, compared[1])
+    return None if first is None or end is None or not step else -((first - end) // step)
+
+
+def _definitions(lines: list[str]) -> dict[str, str]:
+    """Name -> right side of each line of a computation; what it returns goes by the name "ROOT" too."""
+    found = {}
+    for line in lines:
+        if said := re.match(r"\s*(ROOT )?%?([\w.\-]+) = (.*)", line):
+            found[said[2]] = found["ROOT" if said[1] else said[2]] = said[3]
+    return found
+
+
+def _operation(said: str) -> tuple[str, tuple[str, ...], str]:
+    """(kind, names of the operands, the rest) of a right side such as "s32[] add(%a, %b), metadata={}"."""
+    found = re.search(r"(?:^| )([\w\-]+)\(([^()]*)\)(.*)", said)
+    return (found[1], tuple(re.findall(r"%([\w.\-]+)", found[2])), found[3]) if found else ("", (), "")
+
+
+def _constant(definitions: dict[str, str], name: str) -> int | None:
+    said = definitions.get(name, "")
+    if number := re.search(r" constant\((-?\d+)\)", said):
+        return int(number[1])
+    kind, operands, _ = _operation(said)
+    return _constant(definitions, operands[0]) if kind in ("copy", "bitcast") else None
 
 
 def _merge(found: Counts, more: Counts, *, times: int = 1, exact: bool = True) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
 import functools
+import itertools
 
 import flax.linen as nn
 import jax
@@ -208,12 +209,11 @@ MESHES = {
     "data-tensor": dict(data=2, fsdp=1, context=2, tensor=2),
     "context": dict(data=1, fsdp=2, context=4),  # two heads: all-to-all over two, a ring of two
 }
+QUICK = [("context", "full", "cross"), ("context", "window", "cross"), ("fsdp-context-tensor", "frame", "joint")]
 PRESETS = [
-    pytest.param(mesh, pattern, text, marks=() if (mesh, text) == ("context", "cross") else pytest.mark.slow)
-    for mesh in MESHES
-    for pattern in ("full", "frame", "time", "window", "block_causal")
-    for text in ("cross", "joint")
-] + [("fsdp-context-tensor", "full", "cross"), ("fsdp-context-tensor", "frame", "joint")]
+    pytest.param(*preset, marks=() if preset in QUICK else pytest.mark.slow)
+    for preset in itertools.product(MESHES, ("full", "frame", "time", "window", "block_causal"), ("cross", "joint"))
+]
 
 
 @pytest.mark.parametrize("mesh, pattern, text", PRESETS)

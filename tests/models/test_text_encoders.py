@@ -83,6 +83,7 @@ def test_every_word_hears_every_word_and_their_order(encoder):
     assert jnp.abs(text - swapped)[0, 0].max() > 1e-3, "'red left of blue' is not 'blue left of red'"
 
 
+@pytest.mark.slow
 def test_it_learns_which_words_belong_together():
     """ "red grows and blue sinks": from the feature of a colour, what that colour does. A bag of words knows half."""
     random = np.random.default_rng(0)

@@ -127,6 +127,54 @@ def test_a_loop_without_its_number_of_turns_is_said():
     assert (found.num, found.exact) == (5, True)
 
 
+SUM = f"%s = f32[16] all-reduce(%a), {FSDP}, to_apply=%add"
+
+
+@pytest.mark.parametrize(
+    ("first", "step", "last", "direction", "num", "exact"),
+    [(0, 1, 30, "LT", 30, True), (0, 2, 8, "LT", 4, True), (1, 3, 8, "LT", 3, True), (0, 1, 30, "GT", 1, False)],
+)
+def test_turns_are_those_that_the_loop_counts(first, step, last, direction, num, exact):
+    loop = f"""%c (p: (s32[], f32[16])) -> pred[] {{
+  %end = s32[] constant({last})
+  %i = s32[]{{:T(128)}} get-tuple-element(%p), index=0
+  ROOT %lt = pred[] compare(%i, %end), direction={direction}, metadata={{}}
+}}
+
+%body (p: (s32[], f32[16])) -> (s32[], f32[16]) {{
+  %i = s32[] get-tuple-element(%p), index=0
+  %a = f32[16] get-tuple-element(%p), index=1
+  %by = s32[]{{:T(128)}} constant({step})
+  %next = s32[]{{:T(128)}} add(%i, %by), metadata={{}}
+  {SUM}
+  ROOT %t = (s32[]{{:T(128)}}, f32[16]) tuple(%next, /*index=1*/%s)
+}}
+
+"""
+    start = (
+        f"%zero = s32[]{{:T(128)}} constant({first})\n  %c1 = s32[] copy(%zero)\n  %t = (s32[], f32[16]) tuple(%c1, %p)"
+    )
+    (found,) = collective(f"{start}\n  %x = (s32[], f32[16]) while(%t), condition=%c, body=%body", loop)
+    assert (found.num, found.exact) == (num, exact)
+    assert found.bytes == num * 1.5 * 64
+
+
+def test_a_gather_in_pieces_is_one_gather():
+    gather = f"%g = f32[16] all-gather(%a), channel_id=7, {FSDP}"
+    names = ("begins", "async_collective_fusion.1", "async_collective_fusion.2", "ends")
+    body = "".join(f"%{name} (a: f32[4]) -> f32[16] {{\n  {gather}\n}}\n\n" for name in names)
+    lines = (
+        "%async-collective-start.1 = f32[16] fusion(%p), kind=kCustom, calls=%begins",
+        "%f1 = f32[16] fusion(%async-collective-start.1), kind=kOutput, calls=%async_collective_fusion.1",
+        "%f2 = f32[16] fusion(%f1), kind=kOutput, calls=%async_collective_fusion.2",
+        "%async-collective-done.1 = f32[16] fusion(%f2), kind=kCustom, calls=%ends",
+    )
+    (found,) = collective("\n  ".join(lines), body)
+    assert (found.kind, found.num, found.bytes) == ("all-gather", 1, 0.75 * 64)
+    (alone,) = collective(lines[1], body)  # one that is begun and ended inside of a fusion
+    assert (alone.kind, alone.num, alone.bytes) == ("all-gather", 1, 0.75 * 64)
+
+
 def test_groups_told_in_an_unknown_way_are_refused():
     with pytest.raises(ValueError, match="not known here"):
         collective("%x = f32[16] all-reduce(%a), replica_groups=tuples(8)")

@@ -31,7 +31,11 @@ def test_resumed_equals_uninterrupted_bit_for_bit(autoencoder_config, tmp_path, 
     assert _digest(tmp_path / "parts") == _digest(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("mesh", [dict(data=8), dict(data=1, fsdp=2, context=2, tensor=2)], ids=["examples", "borders"])
+@pytest.mark.parametrize(
+    "mesh",
+    [pytest.param(dict(data=8), marks=pytest.mark.slow), dict(data=1, fsdp=2, context=2, tensor=2)],
+    ids=["examples", "borders"],
+)
 def test_sharded_equals_single_device(autoencoder_config, tmp_path, mesh):
     config = autoencoder_config(total_steps=3)
     config.mesh.update(mesh)

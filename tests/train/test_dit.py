@@ -49,7 +49,7 @@ def test_overfitting_goes_on_with_the_same_batch(dit_config, tmp_path, one_devic
 
 @pytest.mark.parametrize(
     "mesh",
-    [dict(), dict(fsdp=4, tensor=2), dict(data=2, fsdp=2, context=2)],
+    [pytest.param({}, marks=pytest.mark.slow), dict(fsdp=4, tensor=2), dict(data=2, fsdp=2, context=2)],
     ids=["data=8", "fsdp=4 tensor=2", "data=2 fsdp=2 context=2"],
 )
 def test_sharded_equals_single_device(mesh, dit_config, tmp_path, anywhere, single_device):
