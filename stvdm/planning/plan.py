@@ -16,10 +16,12 @@ alone, at the peaks of `CHIPS`. A real step is slower. Nothing here has been com
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import math
 import re
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -45,7 +47,9 @@ from stvdm.train.state import Program
 Tree = Any
 
 
-def make(config: ConfigDict, autoencoder: Any, *, topology: str | None = None, num_slices: int = 1) -> dict[str, Any]:
+def make(
+    config: ConfigDict, autoencoder: Any, *, topology: str | None = None, num_slices: int = 1, quick: bool = False
+) -> dict[str, Any]:
     """The plan of a run as JSON; with a topology the step is compiled for that.
 
     Args:
@@ -53,11 +57,14 @@ def make(config: ConfigDict, autoencoder: Any, *, topology: str | None = None, n
       autoencoder: the settings of its autoencoder, of which only the shapes matter.
       topology: e.g. "v5p:4x4x4"; see `chips.topology`.
       num_slices: equal slices of that topology.
+      quick: compile with little effort; see `compiled`.
     """
     coder = pipeline.autoencoder_of(autoencoder)
     plan = outline(config, coder)
-    fit = None if topology is None else compiled(config, coder, chips.topology(topology, num_slices=num_slices), plan)
-    return {**plan.to_json(), "compiled": fit and fit.to_json()}
+    if topology is None:
+        return {**plan.to_json(), "compiled": None}
+    where = chips.topology(topology, num_slices=num_slices)
+    return {**plan.to_json(), "compiled": compiled(config, coder, where, plan, quick=quick).to_json()}
 
 
 # ---- from shapes alone ----------------------------------------------------------------------------------------------
@@ -172,6 +179,7 @@ class Fit:
     mesh: dict[str, int]
     remat: str
     accumulate: int
+    quick: bool  # compiled with little effort
     fits: bool
     refusal: str  # what the compiler said, "" if it did not refuse
     limit_bytes: float
@@ -205,10 +213,11 @@ class Fit:
         return {**dataclasses.asdict(self), "collectives": [c._asdict() for c in self.collectives], **derived}
 
 
-def compiled(config: ConfigDict, coder: Autoencoder, where: Topology, plan: Outline) -> Fit:
+def compiled(config: ConfigDict, coder: Autoencoder, where: Topology, plan: Outline, *, quick: bool = False) -> Fit:
     """Compiles the training step of a config for a topology, with the flags that a run there has.
 
-    Not fitting is an answer, not an error.
+    Not fitting is an answer, not an error. With ``quick`` the compiler makes less of an effort than for a run: it takes
+    half the time, and finds a schedule of a little more temporaries.
     """
     chip = CHIPS[where.chip]
     mesh = sharding.make_mesh(**config.mesh, devices=where.devices)
@@ -228,6 +237,7 @@ def compiled(config: ConfigDict, coder: Autoencoder, where: Topology, plan: Outl
         mesh={axis: int(size) for axis, size in mesh.shape.items()},
         remat=config.model.remat,
         accumulate=config.optimizer.accumulate,
+        quick=quick,
         fits=False,
         refusal="",
         limit_bytes=chip.memory_gib * 2**30,
@@ -242,7 +252,7 @@ def compiled(config: ConfigDict, coder: Autoencoder, where: Topology, plan: Outl
         compile_seconds=0.0,
         compile_cpu_seconds=0.0,
     )
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), _effort(-1.0 if quick else 0.0):
         out = jax.tree.map(lambda leaf: leaf.sharding, arguments[0])
         lowered = jax.jit(program.step, donate_argnums=0, out_shardings=(out, None)).lower(*arguments)
         try:
@@ -273,6 +283,17 @@ def compiled(config: ConfigDict, coder: Autoencoder, where: Topology, plan: Outl
         },
         **spent(),
     )
+
+
+@contextlib.contextmanager
+def _effort(effort: float) -> Iterator[None]:
+    """How hard compilers try to make a quick program: from -1 over 0, as usual, to 1."""
+    before = jax.config.read("jax_exec_time_optimization_effort")
+    jax.config.update("jax_exec_time_optimization_effort", effort)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_exec_time_optimization_effort", before)
 
 
 def refused(said: str, limit_bytes: float) -> dict[str, Any]:

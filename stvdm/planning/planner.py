@@ -46,18 +46,21 @@ class Planner:
 
     def outline(self, config: ConfigDict | None = None) -> dict[str, Any]:
         """The plan of the config, or of this edit of it, from shapes alone: JSON, which `report.as_text` reads."""
-        return self._ask(config or self.config, None, 1)
+        return self._ask(config or self.config, None, 1, quick=False)
 
-    def compiled(self, config: ConfigDict | None = None) -> dict[str, Any]:
-        """The plan of the config, or of this edit of it, compiled for the slice.
+    def compiled(self, config: ConfigDict | None = None, *, quick: bool = False) -> dict[str, Any]:
+        """The plan of the config, or of this edit of it, compiled for the slice; see `plan.compiled`.
 
         Raises:
           ValueError: no slice is named, or the config cannot run on it.
         """
-        return self._ask(config or self.config, self._slice(), self.num_slices)
+        return self._ask(config or self.config, self._slice(), self.num_slices, quick=quick)
 
     def search(self, *, tries: int, say: Callable[[str], None]) -> search_lib.Found:
-        """Looks for the mesh, remat policy and micro-batches of the least time; see `search.search`."""
+        """Looks for the mesh, remat policy and micro-batches of the least time; see `search.search`.
+
+        Programs are compiled quickly: what is found is to be compiled once more, in earnest.
+        """
         where = self._slice()
 
         def flops(remat: str) -> float:
@@ -71,7 +74,7 @@ class Planner:
             chip=chips.CHIPS[chips.chip_of(where)],
             num_devices=chips.num_devices(where, num_slices=self.num_slices),
             num_slices=self.num_slices,
-            ask=lambda edited: self.compiled(edited)["compiled"],
+            ask=lambda edited: self.compiled(edited, quick=True)["compiled"],
             flops=flops,
             tries=tries,
             say=say,
@@ -84,13 +87,14 @@ class Planner:
             )
         return self.topology
 
-    def _ask(self, config: ConfigDict, topology: str | None, num_slices: int) -> dict[str, Any]:
+    def _ask(self, config: ConfigDict, topology: str | None, num_slices: int, *, quick: bool) -> dict[str, Any]:
         def make() -> dict[str, Any]:
             from stvdm.planning import plan  # the trainers and their libraries: seconds, which a kept answer has not
 
-            return plan.make(config, self._autoencoder, topology=topology, num_slices=num_slices)
+            return plan.make(config, self._autoencoder, topology=topology, num_slices=num_slices, quick=quick)
 
-        question = {"config": config.to_dict(), "autoencoder": self._autoencoder, "where": (topology, num_slices)}
+        where = (topology, num_slices, quick)
+        question = {"config": config.to_dict(), "autoencoder": self._autoencoder, "where": where}
         return cache.answer(question, make)
 
 

@@ -56,8 +56,9 @@ def as_text(report: Json) -> str:
 
 def _compiled(fit: Json) -> list[str]:
     slices = "" if fit["num_slices"] == 1 else f"{fit['num_slices']} slices of "
+    effort = "with little effort " if fit["quick"] else ""
     lines = [
-        f"compiled for {slices}{fit['topology']} ({fit['num_devices']} devices: {mesh_text(fit['mesh'])}; "
+        f"compiled {effort}for {slices}{fit['topology']} ({fit['num_devices']} devices: {mesh_text(fit['mesh'])}; "
         f"remat {fit['remat']}, {fit['accumulate']} micro-batches) in {fit['compile_seconds']:.0f} s, "
         f"{fit['compile_cpu_seconds']:.0f} CPU-seconds"
     ]

@@ -3,7 +3,7 @@
 
     LIBTPU_INIT_ARGS = libtpu_init_args("v5p", os.environ.get("LIBTPU_INIT_ARGS", ""))
 
-All of them let transfers between chips run beside the arithmetic. The sets are those that public training recipes use
+All but one let transfers between chips run beside the arithmetic. The sets are those that public training recipes use
 for the same chip (AI-Hypercomputer/maxtext `src/maxtext/configs/tpu/*` and `benchmarks/xla_flags_library.py`,
 AI-Hypercomputer/maxdiffusion README, August 2026). That a libtpu knows each flag and takes its value is checked with
 its compiler, which needs no TPU (`tests/train/test_compiler_flags.py`); that they make our steps faster is unproven.
@@ -25,9 +25,15 @@ _OVERLAP_GRADIENTS = {
 # Keys and values passed around the ring of the context axis.
 _OVERLAP_RING = {"xla_enable_async_collective_permute": "true"}
 
+# Weights gathered whole, a layer at a time. By itself the compiler makes of each product with a weight that is split a
+# loop over its pieces: many more transfers, a longer program, and a fifth more temporaries (configs/pod_dit.py:
+# 1.3b-480p-81f-v5p: 11.4 GiB, so 9.6).
+_WHOLE_GATHERS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+
 COMPILER_FLAGS: dict[str, dict[str, str]] = {
-    "v5e": {**_OVERLAP_GATHERS, **_OVERLAP_GRADIENTS, **_OVERLAP_RING},
+    "v5e": {**_WHOLE_GATHERS, **_OVERLAP_GATHERS, **_OVERLAP_GRADIENTS, **_OVERLAP_RING},
     "v5p": {
+        **_WHOLE_GATHERS,
         **_OVERLAP_GATHERS,
         **_OVERLAP_GRADIENTS,
         **_OVERLAP_RING,
@@ -35,6 +41,7 @@ COMPILER_FLAGS: dict[str, dict[str, str]] = {
         "xla_tpu_megacore_fusion_allow_ags": "false",
     },
     "v6e": {
+        **_WHOLE_GATHERS,
         **_OVERLAP_GATHERS,
         **_OVERLAP_GRADIENTS,
         **_OVERLAP_RING,
@@ -42,7 +49,7 @@ COMPILER_FLAGS: dict[str, dict[str, str]] = {
         "xla_tpu_scoped_vmem_limit_kib": "98304",
         "xla_tpu_use_minor_sharding_for_major_trivial_input": "true",
     },
-    "tpu7x": {**_OVERLAP_GRADIENTS, **_OVERLAP_RING},
+    "tpu7x": {**_WHOLE_GATHERS, **_OVERLAP_GRADIENTS, **_OVERLAP_RING},
 }
 
 

@@ -192,6 +192,9 @@ def test_the_real_step_compiles_for_a_slice():
     json.dumps(fit.to_json(), allow_nan=False)
     assert fit.step_seconds >= fit.bounds["arithmetic"] > 0
     assert 0 < fit.utilisation < 1
+    quick = plan.compiled(config, CODER, chips.topology("v5e:2x2"), plan.outline(config, CODER), quick=True)
+    assert quick.quick and quick.fits and quick.argument_bytes == fit.argument_bytes
+    assert jax.config.read("jax_exec_time_optimization_effort") == 0.0
 
 
 @pytest.mark.slow
