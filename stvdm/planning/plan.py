@@ -288,7 +288,7 @@ def compiled(config: ConfigDict, coder: Autoencoder, where: Topology, plan: Outl
 @contextlib.contextmanager
 def _effort(effort: float) -> Iterator[None]:
     """How hard compilers try to make a quick program: from -1 over 0, as usual, to 1."""
-    before = jax.config.read("jax_exec_time_optimization_effort")
+    before = jax.config.jax_exec_time_optimization_effort  # type: ignore[attr-defined]
     jax.config.update("jax_exec_time_optimization_effort", effort)
     try:
         yield

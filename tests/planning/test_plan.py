@@ -194,7 +194,7 @@ def test_the_real_step_compiles_for_a_slice():
     assert 0 < fit.utilisation < 1
     quick = plan.compiled(config, CODER, chips.topology("v5e:2x2"), plan.outline(config, CODER), quick=True)
     assert quick.quick and quick.fits and quick.argument_bytes == fit.argument_bytes
-    assert jax.config.read("jax_exec_time_optimization_effort") == 0.0
+    assert jax.config.jax_exec_time_optimization_effort == 0.0
 
 
 @pytest.mark.slow
