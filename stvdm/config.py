@@ -63,6 +63,7 @@ def dit() -> ConfigDict:
         remat="nothing",  # what the backward pass computes again: nothing, projections, attention, offload, everything
         scan_layers=True,  # one compiled layer, scanned
         dtype="float32",  # of matrix products: float32 or bfloat16 (parameters stay float32)
+        matmul="",  # 'int8' or 'fp8': those of the layers in eight bits, by Qwix (extra 'quantized')
     )
     config.text = _section(
         words=(),  # vocabulary; empty: collected from the training captions when the run starts
@@ -338,6 +339,7 @@ def _dit_problems(config: ConfigDict) -> Iterator[str]:
     yield from _choice("sample.sampler", config.sample.sampler, ("euler", "heun", "dpm++", "unipc"))
     yield from _choice("model.text_path", model.text_path, ("cross", "joint"))
     yield from _choice("model.positions", model.positions, ("rotary", "sincos"))
+    yield from _choice("model.matmul", model.matmul, ("", "int8", "fp8"))
     yield from _choice("model.remat", model.remat, ("nothing", "projections", "attention", "offload", "everything"))
     low, high = config.sample.guidance_interval
     if not 0 <= low < high <= 1:

@@ -20,6 +20,7 @@ LADDER = """
     models.attention
     models.embeddings
     models.dit
+    models.quantized
     models.causal_conv
     models.tiling
     models.autoencoder3d

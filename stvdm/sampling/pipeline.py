@@ -31,6 +31,7 @@ from stvdm.diffusion import flow, guidance, samplers, schedules
 from stvdm.models import autoencoder3d
 from stvdm.models.autoencoder3d import Autoencoder
 from stvdm.models.dit import DiT
+from stvdm.models.quantized import quantized
 from stvdm.models.text_encoders import TextEncoder, WordTokenizer
 
 Tree = Any
@@ -77,8 +78,9 @@ def build(settings: Mapping[str, Any], *, latent_channels: int, num_words: int) 
     model = {
         name: tuple(value) if isinstance(value, list) else value for name, value in dict(settings["model"]).items()
     }
+    matmul = model.pop("matmul", "")  # models of before it was a setting have none
     return Models(
-        dit=DiT(latent_channels=latent_channels, text_width=text["width"], **model),
+        dit=quantized(DiT(latent_channels=latent_channels, text_width=text["width"], **model), matmul),
         text=TextEncoder(vocabulary_size=num_words, **text),
     )
 

@@ -6,6 +6,7 @@ import json
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -45,6 +46,27 @@ def test_sharded_equals_single_device(autoencoder_config, tmp_path, mesh):
         patch.setattr(sharding, "make_mesh", lambda **axes: whole(**axes, devices=jax.devices()[:1]))
         autoencoder.main(autoencoder_config(total_steps=3), tmp_path / "one")
     np.testing.assert_allclose(_losses(tmp_path / "eight"), _losses(tmp_path / "one"), rtol=2e-5)
+
+
+def test_a_step_that_is_not_finite_is_skipped(autoencoder_config, tmp_path, one_device, monkeypatch):
+    program = autoencoder.program
+
+    def poisoned(config):
+        run = program(config)
+
+        def step(state, batch):
+            video = jnp.where(state.step == 2, jnp.nan, batch["video"].astype(jnp.float32))
+            return run.step(state, {**batch, "video": video})
+
+        return run._replace(step=step)
+
+    monkeypatch.setattr(autoencoder, "program", poisoned)
+    autoencoder.main(autoencoder_config(total_steps=6), tmp_path)
+    assert [record["num_skipped"] for record in read_metrics(tmp_path) if "loss" in record] == [0, 0, 1, 1, 1, 1]
+    losses = _losses(tmp_path)
+    assert losses[2] is None and np.isfinite(losses[:2] + losses[3:]).all()
+    params, _ = checkpoint.load_model(tmp_path / "model")
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
 
 
 def test_it_overfits_one_batch_and_reports_on_held_out_clips(autoencoder_config, tmp_path, one_device):

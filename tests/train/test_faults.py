@@ -17,7 +17,7 @@ from runs import finish as finish_any
 from stvdm.train.preemption import RESUME
 from stvdm.train.telemetry import read_metrics
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]  # one at a time: each is several processes
+pytestmark = pytest.mark.slow
 
 STEPS = 8
 

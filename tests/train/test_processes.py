@@ -8,7 +8,7 @@ from runs import NUM_DEVICES, finish, losses_and_gradients
 from stvdm.sampling.pipeline import Pipeline
 from stvdm.train.telemetry import read_metrics
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]  # one at a time: each is several processes
+pytestmark = pytest.mark.slow
 
 MESHES = {
     "fsdp": dict(data=1, fsdp=4),

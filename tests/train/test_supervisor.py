@@ -443,13 +443,21 @@ def get_config():
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("processes")
+def test_a_training_whose_losses_are_not_finite_is_not_started_again(tmp_path):
+    infinite = "config.loss.kl, config.max_skipped = float('inf'), 2"
+    (tmp_path / "config.py").write_text(CONFIG.replace("config.log_every", f"{infinite}\n    config.log_every"))
+    python = [sys.executable, "-m", "stvdm.cli"]
+    train = [*python, "train", "autoencoder", "--config=config.py", "--workdir=run"]
+    run = subprocess.run([*python, "supervise", "--", *train], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == supervisor.DIVERGED
+    assert "3 steps were skipped" in run.stderr and "starting again" not in run.stderr
+    assert not (tmp_path / "run" / "model").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault, said",
-    [
-        (signal.SIGKILL, "was killed by SIGKILL"),
-        (signal.SIGSTOP, "silent for 120 s|died"),
-    ],  # of silence, or its peer of it
+    [(signal.SIGKILL, "was killed by SIGKILL"), (signal.SIGSTOP, "silent for 120 s|died")],
 )
 def test_two_processes_train_one_is_lost_and_the_losses_go_on_as_if_nothing_had_happened(tmp_path, capfd, fault, said):
     (tmp_path / "config.py").write_text(CONFIG)
