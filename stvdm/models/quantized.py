@@ -30,7 +30,7 @@ def quantized(model: Any, kind: str) -> Any:
     try:
         import qwix
     except ImportError as error:
-        raise ValueError(f"model.matmul={kind!r}: needs Qwix: pip install 'stvdm[quantized]'") from error
+        raise ValueError(f"model.matmul={kind!r}: needs Qwix: pip install -e '.[quantized]'") from error
     forward, backward = TYPES[kind]
     rule = qwix.QtRule(module_path=PRODUCTS, weight_qtype=forward, act_qtype=forward, bwd_qtype=backward)
     return qwix.quantize_model(model, qwix.QtProvider([rule]))

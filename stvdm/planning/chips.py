@@ -96,7 +96,7 @@ def topology(name: str, *, num_slices: int = 1) -> Topology:
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
             f"topology={name!r}: the TPU compiler is not installed (no TPU is needed for it): "
-            "pip install 'stvdm[tpu]' on Linux, or plan without --compile."
+            "pip install -e '.[tpu]' on Linux, or plan without --compile."
         )
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)

@@ -81,9 +81,10 @@ def _compiled(fit: Json) -> list[str]:
             f"  {collective['kind']} over {over}: {least}{collective['num']} a step, "
             f"{short(collective['bytes'])}B sent by a device"
         )
-    bounds = ", ".join(f"{name} {seconds * 1e3:.3g} ms" for name, seconds in fit["bounds"].items() if seconds)
-    step = f"{fit['step_seconds'] * 1e3:.3g} ms"
-    lines.append(f"  no step is shorter than {step} ({bounds}); at that, MFU {fit['utilisation']:.0%}")
+    bounds = ", ".join(f"{name} {duration(seconds)}" for name, seconds in fit["bounds"].items() if seconds)
+    lines.append(
+        f"  no step is shorter than {duration(fit['step_seconds'])} ({bounds}); at that, MFU {fit['utilisation']:.0%}"
+    )
     lines.append(
         f"  at peaks of {short(chip['flops'])}FLOP/s, memory {short(chip['memory_bandwidth'])}B/s, links "
         f"{short(chip['link_bandwidth'])}B/s, network {short(chip['network_bandwidth'])}B/s a device ({chip['source']})"
@@ -152,6 +153,10 @@ def short(number: float) -> str:
         if number >= size:
             return f"{number / size:.3g} {unit}"
     return f"{number:.0f} "
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
 def gib(number: float) -> str:

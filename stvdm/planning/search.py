@@ -177,7 +177,7 @@ def as_text(found: Found) -> str:
 
 
 def _row(one: Tried) -> str:
-    verdict = "does not fit" if one.seconds is None else f"fits, {one.seconds * 1e3:.0f} ms"
+    verdict = "does not fit" if one.seconds is None else f"fits, {duration(one.seconds)}"
     needed = "too many" if one.needed_bytes is None else gib(one.needed_bytes)
     return (
         f"{mesh_text(one.mesh)}; remat {one.rung.remat}, {one.rung.accumulate} micro-batches: {needed} GiB, {verdict}"
