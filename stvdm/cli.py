@@ -443,7 +443,9 @@ def _plan(args: argparse.Namespace) -> None:
     elif args.search:
         asked = planner(args.config)
         found = asked.search(tries=args.tries, say=say)
-        plan = asked.compiled(search.edited(asked.config, found.best.mesh, found.best.rung)) if found.best else None
+        plan = None
+        if found.best:
+            plan = asked.compiled(search.edited(asked.config, found.best.mesh, found.best.rung), quick=args.quick)
         if args.json:
             print(json.dumps({**priced(plan or asked.outline()), "search": found.to_json()}, indent=2))
         else:

@@ -30,7 +30,7 @@ AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {  # logical name -> mesh 
     "tokens": "context",  # video tokens of one example
     "rows": "context",  # rows of the frames of one example: convolutions exchange their borders
     "columns": "tensor",  # and their columns
-    "width": "fsdp",  # a weight's D
+    "width": ("fsdp", "context"),  # a weight's D: whoever shares a clip shares the weights too
     "heads": "tensor",  # a weight's heads x head width, and activations by head
     "mlp": "tensor",  # a weight's F
     "layers": None,  # the stacked layers of a scan
@@ -124,11 +124,15 @@ def partitioned(init: Callable[..., jax.Array], *logical_axes: str | None) -> Ca
     return nn.with_logical_partitioning(init, logical_axes)
 
 
+class DoesNotDivide(ValueError):
+    """A dimension of a weight is no multiple of the devices it is to be split over."""
+
+
 def shardings(boxed: Any, mesh: Mesh) -> Any:
     """NamedShardings of a tree of parameters as `Module.init` gives them (boxes and all); the result has no boxes.
 
     Raises:
-      ValueError: if a dimension does not divide over its mesh axes; all such parameters are listed at once.
+      DoesNotDivide: if a dimension does not over its mesh axes; all such parameters are listed at once.
     """
     problems: list[str] = []
 
@@ -137,14 +141,16 @@ def shardings(boxed: Any, mesh: Mesh) -> Any:
             return NamedSharding(mesh, PartitionSpec())
         partition, shape = spec(*leaf.names), leaf.value.shape
         for size, entry in zip(shape, partition, strict=True):
-            parts = math.prod(mesh.shape[a] for a in ((entry,) if isinstance(entry, str) else entry or ()))
+            axes = (entry,) if isinstance(entry, str) else entry or ()
+            parts = math.prod(mesh.shape[axis] for axis in axes)
             if size % parts:
-                problems.append(f"{jax.tree_util.keystr(path)} {shape}: {size} does not divide over {entry}={parts}")
+                over = " x ".join(axes)
+                problems.append(f"{jax.tree_util.keystr(path)} {shape}: {size} does not divide over {over}={parts}")
         return NamedSharding(mesh, partition)
 
     tree = jax.tree_util.tree_map_with_path(one, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
     if problems:
-        raise ValueError("these parameters do not divide over the mesh:\n  " + "\n  ".join(problems))
+        raise DoesNotDivide("these parameters do not divide over the mesh:\n  " + "\n  ".join(problems))
     return tree
 
 

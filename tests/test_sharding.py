@@ -90,8 +90,8 @@ def test_parameters_lie_as_named_and_what_does_not_divide_is_listed():
     mesh = sharding.make_mesh(fsdp=4, tensor=2)
     boxed = jax.eval_shape(lambda: Layer(8).init(jax.random.key(0), jnp.ones((1, 8))))
     tree = sharding.shardings(boxed, mesh)["params"]
-    assert tree["kernel"].spec == P("fsdp", "tensor")
+    assert tree["kernel"].spec == P(("fsdp", "context"), "tensor")
     assert tree["bias"].spec == P("tensor")
     odd = jax.eval_shape(lambda: Layer(7).init(jax.random.key(0), jnp.ones((1, 7))))
-    with pytest.raises(ValueError, match=r"kernel.*\(7, 6\): 7 does not divide over fsdp=4"):
+    with pytest.raises(ValueError, match=r"kernel.*\(7, 6\): 7 does not divide over fsdp x context=4"):
         sharding.shardings(odd, mesh)

@@ -4,8 +4,8 @@
 A multiplication and an addition are two. Each product counts for the module that it stands in, forward and backward.
 The arguments may be shapes alone, so that the largest models are counted in seconds on a laptop.
 
-What is counted is the program for one CPU, whatever the devices: the products inside the kernels of TPUs and GPUs can't
-be counted, and what several devices do alike would count several times.
+What is counted is the program for one device of no platform: the products inside the kernels of TPUs and GPUs can't be
+counted, what a CPU does more of to be quick would count, and what several devices do alike would count several times.
 
     count_flops(step, state, batch)            # Counter({"MLP": 2.9e10, "projections of attention": 2.4e10, ...})
 """
@@ -23,11 +23,11 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_me
 
 from stvdm.sharding import MESH_AXES
 
-_ONE_CPU = AbstractMesh(
+_ONE_DEVICE = AbstractMesh(
     (1,) * len(MESH_AXES),
     MESH_AXES,
     axis_types=(AxisType.Auto,) * len(MESH_AXES),
-    abstract_device=AbstractDevice(device_kind="cpu", num_cores=None, platform="cpu"),
+    abstract_device=AbstractDevice(device_kind="any", num_cores=None, platform="any"),
 )
 
 _PARTS = (  # where in a program -> part; the first that fits
@@ -50,7 +50,7 @@ def count_flops(function: Any, *arguments: Any) -> dict[str, float]:
     """
     shapes_alone = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)  # of no other mesh
     # A mesh can be left for one of another size only by way of none.
-    with use_abstract_mesh(AbstractMesh((), ())), use_abstract_mesh(_ONE_CPU):
+    with use_abstract_mesh(AbstractMesh((), ())), use_abstract_mesh(_ONE_DEVICE):
         program = jax.make_jaxpr(function)(*shapes_alone)
     counts = _count(program.jaxpr, 1.0, "")
     return dict(sorted(counts.items(), key=lambda part: -part[1]))

@@ -62,6 +62,9 @@ class Planner:
         Programs are compiled quickly: what is found is to be compiled once more, in earnest.
         """
         where = self._slice()
+        chips.topology(
+            where, num_slices=self.num_slices
+        )  # raises here, not for every mesh, if it cannot be compiled for
 
         def flops(remat: str) -> float:
             edited = self.config.copy_and_resolve_references()

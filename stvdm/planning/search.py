@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from stvdm import sharding
 from stvdm.models.context_parallel import split_context
 from stvdm.planning.chips import CHIPS, Chip
-from stvdm.planning.report import Json, gib, mesh_text
+from stvdm.planning.report import Json, duration, gib, mesh_text
 
 REMAT = {  # from most memory to least
     "dit": ("nothing", "projections", "attention", "offload", "everything"),
@@ -110,7 +111,7 @@ def search(
         (
             (_estimate(config, outline, least_flops, chip, mesh, num_slices), i, mesh)
             for i, mesh in enumerate(possible)
-            if state_bytes / (mesh["fsdp"] * mesh["tensor"]) <= limit_bytes
+            if state_bytes / (mesh["fsdp"] * mesh["context"] * mesh["tensor"]) <= limit_bytes
         )
     )
     tried: list[Tried] = []
@@ -126,7 +127,7 @@ def search(
             middle = (low + high) // 2
             try:
                 fit = ask(edited(config, mesh, ladder[middle]))
-            except ValueError as error:  # some weight does not divide over this mesh
+            except sharding.DoesNotDivide as error:
                 say(f"{mesh_text(mesh)}: {error}")
                 break
             seconds = sum(fit["bounds"].values()) if fit["fits"] else None
@@ -200,7 +201,7 @@ def _meshes(config: ConfigDict, outline: Json, num_devices: int, num_slices: int
         if batch % rest or rest % num_slices:
             continue
         for fsdp in sizes if is_dit else (1,):  # an autoencoder's weights are not split
-            divides = not is_dit or config.model.width % fsdp == 0
+            divides = not is_dit or config.model.width % (fsdp * context) == 0
             if rest % fsdp == 0 and (rest // fsdp) % num_slices == 0 and divides:
                 yield {"data": rest // fsdp, "fsdp": fsdp, "context": context, "tensor": tensor}
 
@@ -226,14 +227,15 @@ def _estimate(
 ) -> float:
     """Seconds of a step that computes nothing again, if nothing of it ran side by side.
 
-    Weights are gathered twice and gradients scattered once over fsdp; gradients are summed over data and context. In
+    Weights are gathered twice and gradients scattered once over fsdp and context, and summed over data. In
     each layer queries, keys, values and results cross context by all-to-all, forward and backward, or keys and values
     go round a ring; two sums cross tensor, each way.
     """
     weights = 4.0 * sum(outline["parameters"].values()) / mesh["tensor"]
-    gradients = 2 * weights / mesh["fsdp"] * _share(mesh["data"] * mesh["context"])
-    between = gradients * (num_slices - 1) / max(1, mesh["data"] * mesh["context"] - 1)
-    links = 3 * weights * _share(mesh["fsdp"]) + gradients - between
+    split = mesh["fsdp"] * mesh["context"]
+    gradients = 2 * weights / split * _share(mesh["data"])
+    between = gradients * (num_slices - 1) / max(1, mesh["data"] - 1)
+    links = 3 * weights * _share(split) + gradients - between
     if config.kind == "dit":
         clips = outline["clips"][0]["batch"] / (mesh["data"] * mesh["fsdp"])
         width = 2 if config.model.dtype == "bfloat16" else 4

@@ -78,7 +78,7 @@ def build(settings: Mapping[str, Any], *, latent_channels: int, num_words: int) 
     model = {
         name: tuple(value) if isinstance(value, list) else value for name, value in dict(settings["model"]).items()
     }
-    matmul = model.pop("matmul", "")  # models of before it was a setting have none
+    matmul = str(model.pop("matmul", ""))  # models of before it was a setting have none
     return Models(
         dit=quantized(DiT(latent_channels=latent_channels, text_width=text["width"], **model), matmul),
         text=TextEncoder(vocabulary_size=num_words, **text),

@@ -84,10 +84,11 @@ def program(config: ConfigDict) -> Program:
     def train_step(state: State, batch: Tree) -> tuple[State, Metrics]:
         gradient = state_lib.accumulated_grad(functools.partial(loss, step=state.step), config.optimizer.accumulate)
         grads, metrics = gradient(state.params, batch, state_lib.stream(config.seed, state.step, "posterior"))
+        rate_now = rate(state.step - state.num_skipped)
         state, taken = state_lib.update(
             state, grads, loss=metrics["loss"], optimizer=optimizer, ema_decay=config.ema_decay
         )
-        return state, {**metrics, **taken, "learning_rate": rate(state.step - 1)}
+        return state, {**metrics, **taken, "learning_rate": rate_now}
 
     # Evaluation.
     def evaluate(params: Tree, batch: Tree) -> tuple[Metrics, jax.Array]:
@@ -154,10 +155,10 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
                     state, metrics = train_step(state, batch)
                 skips.add(step, metrics, rows)
                 done = step + 1
-                if is_due(done, config.log_every, config.total_steps):
+                leaving = must_leave(done)
+                if leaving or is_due(done, config.log_every, config.total_steps):
                     telemetry.record(done, metrics)
                     skips.check(batches)
-                leaving = must_leave(done)
                 if leaving or is_due(done, config.checkpoint_every, config.total_steps):
                     skips.check(batches)  # a run that must stop would stop again after this step
                     with telemetry.timed("save"):

@@ -3,10 +3,11 @@
 
     LIBTPU_INIT_ARGS = libtpu_init_args("v5p", os.environ.get("LIBTPU_INIT_ARGS", ""))
 
-All but one let transfers between chips run beside the arithmetic. The sets are those that public training recipes use
-for the same chip (AI-Hypercomputer/maxtext `src/maxtext/configs/tpu/*` and `benchmarks/xla_flags_library.py`,
-AI-Hypercomputer/maxdiffusion README, August 2026). That a libtpu knows each flag and takes its value is checked with
-its compiler, which needs no TPU (`tests/train/test_compiler_flags.py`); that they make our steps faster is unproven.
+Most let transfers between chips run beside the arithmetic. The sets, but for `_WHOLE_GATHERS`, are those that public
+training recipes use for the same chip (AI-Hypercomputer/maxtext `src/maxtext/configs/tpu/*` and
+`benchmarks/xla_flags_library.py`, AI-Hypercomputer/maxdiffusion README, August 2026). That a libtpu knows each flag and
+takes its value is checked with its compiler, which needs no TPU (`tests/train/test_compiler_flags.py`); that they make
+our steps faster is unproven.
 """
 
 # Weights gathered for a layer, while the layer before computes. Not with SparseCores that gather by themselves (tpu7x).

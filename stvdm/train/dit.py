@@ -110,11 +110,12 @@ def program(config: ConfigDict, coder: Autoencoder) -> Program:
     def train_step(state: State, batch: Tree, frozen: Tree) -> tuple[State, Metrics]:
         batch = {**batch, "latent": latents_of(frozen, batch)}
         batch.pop("video", None)
+        rate_now = rate(state.step - state.num_skipped)
         grads, metrics = gradient(state.params, batch, state_lib.stream(config.seed, state.step, "flow"))
         state, taken = state_lib.update(
             state, grads, loss=metrics["loss"], optimizer=optimizer, ema_decay=config.ema_decay
         )
-        return state, {**metrics, **taken, "learning_rate": rate(state.step - 1)}
+        return state, {**metrics, **taken, "learning_rate": rate_now}
 
     # Evaluation: at fixed times, with fixed noise.
     def held_out_loss(params: Tree, batch: Tree, frozen: Tree, key: jax.Array) -> Metrics:
@@ -225,10 +226,10 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
                     state, metrics = train_step(state, batch, frozen)
                 skips.add(step, metrics, rows)
                 done = step + 1
-                if is_due(done, config.log_every, config.total_steps):
+                leaving = must_leave(done)
+                if leaving or is_due(done, config.log_every, config.total_steps):
                     telemetry.record(done, metrics)
                     skips.check(batches)
-                leaving = must_leave(done)
                 if leaving or is_due(done, config.checkpoint_every, config.total_steps):
                     skips.check(batches)  # a run that must stop would stop again after this step
                     with telemetry.timed("save"):

@@ -55,7 +55,7 @@ def test_products_and_their_gradients_are_rounded_and_attention_is_not(dit, give
     plain, again = (jax.jit(jax.value_and_grad(loss(model)))(params) for model in (dit, rounded))
     assert 0 < abs(again[0] - plain[0]) < value * plain[0]
     errors = jax.tree.map(jnp.subtract, again[1], plain[1])
-    assert 0 < optax.global_norm(errors) < slope * optax.global_norm(plain[1])
+    assert 0 < optax.tree.norm(errors) < slope * optax.tree.norm(plain[1])
 
 
 def test_parameters_are_those_of_the_network_as_it_was(dit):

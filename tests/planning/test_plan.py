@@ -90,7 +90,7 @@ def test_a_slice_that_does_not_exist_is_refused():
 
 def test_without_the_tpu_compiler_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install 'stvdm\[tpu\]'"):
+    with pytest.raises(ValueError, match=r"the TPU compiler is not installed.*pip install -e '.\[tpu\]'"):
         chips.topology("v5e:2x2")
 
 

@@ -7,6 +7,7 @@ import math
 import pytest
 
 from stvdm import config as base
+from stvdm import sharding
 from stvdm.planning import search
 from stvdm.planning.chips import CHIPS
 
@@ -137,12 +138,20 @@ def test_a_batch_that_no_mesh_divides_is_refused():
         search.search(config, OUTLINE, chip=CHIPS["v5e"], num_devices=512, num_slices=2, ask=None, flops=flops)
 
 
+def test_what_no_mesh_can_be_compiled_for_is_not_taken_for_too_little_memory():
+    def ask(config):
+        raise ValueError("the TPU compiler is not installed")
+
+    with pytest.raises(ValueError, match="not installed"):
+        found_with(None, num_devices=4, ask=ask)
+
+
 def test_a_mesh_that_some_weight_does_not_divide_over_is_passed_by():
     said = []
 
     def ask(config):
         if config.mesh.fsdp > 1:
-            raise ValueError("these parameters do not divide over the mesh")
+            raise sharding.DoesNotDivide("these parameters do not divide over the mesh")
         return {"fits": True, "needed_bytes": 1.0, "bounds": {"arithmetic": 100.0}}
 
     found, _ = found_with(None, num_devices=4, ask=ask, say=said.append, tries=1000)
