@@ -105,7 +105,17 @@ def program(config: ConfigDict, coder: Autoencoder) -> Program:
 
     # Step.
     optimizer, rate = state_lib.make_optimizer(config.optimizer, config.total_steps)
-    gradient = state_lib.accumulated_grad(loss, config.optimizer.accumulate)
+    dtype = jnp.dtype(config.model.dtype)
+
+    def used(params: Tree) -> Tree:
+        """With the kernels of the layers in the type that they are multiplied in."""
+
+        def cast(path: Any, leaf: jax.Array) -> jax.Array:
+            return leaf.astype(dtype) if path[0].key.startswith("layers") and path[-1].key == "kernel" else leaf
+
+        return {**params, "dit": jax.tree_util.tree_map_with_path(cast, params["dit"])}
+
+    gradient = state_lib.accumulated_grad(loss, config.optimizer.accumulate, used=used)
 
     def train_step(state: State, batch: Tree, frozen: Tree) -> tuple[State, Metrics]:
         batch = {**batch, "latent": latents_of(frozen, batch)}

@@ -311,16 +311,24 @@ def update(
 
 
 def accumulated_grad(
-    loss: Callable[[Tree, Tree, jax.Array], tuple[jax.Array, dict[str, jax.Array]]], num_micro: int
+    loss: Callable[[Tree, Tree, jax.Array], tuple[jax.Array, dict[str, jax.Array]]],
+    num_micro: int,
+    *,
+    used: Callable[[Tree], Tree] = lambda params: params,
 ) -> Callable[[Tree, Tree, jax.Array], tuple[Tree, dict[str, jax.Array]]]:
     """(params, batch, key) -> (grads, metrics), averaged over ``num_micro`` equal parts of the batch, one at a time.
 
-    ``loss(params, batch, key)`` gives (mean loss, metrics).
+    Args:
+      loss: ``loss(params, batch, key)`` gives (mean loss, metrics).
+      num_micro: parts of the batch; their gradients are summed in the types of the parameters.
+      used: gives the parameters in the types that they are multiplied in. Products in bfloat16 have gradients in
+        bfloat16: kept as that until the optimiser reads them, those of a scan's layers are half as large.
     """
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
     def one(params: Tree, batch: Tree, key: jax.Array) -> tuple[Tree, dict[str, jax.Array]]:
-        (value, metrics), grads = value_and_grad(params, batch, key)
+        (value, metrics), grads = value_and_grad(used(params), batch, key)
+        grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, params)
         return grads, {"loss": value, **metrics}
 
     if num_micro == 1:

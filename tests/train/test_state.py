@@ -153,6 +153,20 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
     np.testing.assert_allclose(metrics["loss"], part_metrics["loss"], rtol=1e-5)
 
 
+@pytest.mark.parametrize("num_micro", [1, 4])
+def test_gradients_kept_in_the_type_of_the_products_are_the_same(num_micro):
+    half = lambda params: jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)  # noqa: E731
+
+    def loss(params, batch, key):
+        return jnp.mean(jnp.square(Net().apply({"params": half(params)}, batch["x"]).astype(jnp.float32))), {}
+
+    params, given = _start()[0].params, ({"x": X.astype(jnp.bfloat16)}, jax.random.key(3))
+    expected, _ = jax.jit(state_lib.accumulated_grad(loss, num_micro))(params, *given)
+    found, _ = jax.jit(state_lib.accumulated_grad(loss, num_micro, used=half))(params, *given)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype(jnp.float32)}
+
+
 def test_weight_decay_spares_vectors_also_of_stacked_layers():
     layer = {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), layer)
