@@ -5,7 +5,7 @@
     stvdm train autoencoder --config=configs/pod_autoencoder.py:480p-v5p --workdir=gs://BUCKET/autoencoder \
         --config.data.path=/mnt/videos
 
-Expects a folder of your own videos (`data.path`). **Unproven**: compiled for these slices, never run on one.
+Expects a folder of your own videos (`data.path`). **Unproven**: made for these slices, never run on one.
 
     stvdm plan --config=configs/pod_autoencoder.py --variants        what each of them needs, as a table
 """

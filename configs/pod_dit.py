@@ -7,7 +7,7 @@
 
 Expects latents that `stvdm preprocess` made. The sizes called 1.3b, 5b and 14b have the shapes of Wan 2.1 and 2.2
 (arXiv:2503.20314). Parameters and plans leave out the words, which are collected from the captions. **Unproven**:
-compiled for these slices, never run on one.
+made for these slices, never run on one.
 
     stvdm plan --config=configs/pod_dit.py --variants        what each of them needs, as a table
 """

@@ -124,15 +124,11 @@ def partitioned(init: Callable[..., jax.Array], *logical_axes: str | None) -> Ca
     return nn.with_logical_partitioning(init, logical_axes)
 
 
-class DoesNotDivide(ValueError):
-    """A dimension of a weight is no multiple of the devices it is to be split over."""
-
-
 def shardings(boxed: Any, mesh: Mesh) -> Any:
     """NamedShardings of a tree of parameters as `Module.init` gives them (boxes and all); the result has no boxes.
 
     Raises:
-      DoesNotDivide: if a dimension does not over its mesh axes; all such parameters are listed at once.
+      ValueError: if a dimension does not divide over its mesh axes; all such parameters are listed at once.
     """
     problems: list[str] = []
 
@@ -150,7 +146,7 @@ def shardings(boxed: Any, mesh: Mesh) -> Any:
 
     tree = jax.tree_util.tree_map_with_path(one, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
     if problems:
-        raise DoesNotDivide("these parameters do not divide over the mesh:\n  " + "\n  ".join(problems))
+        raise ValueError("these parameters do not divide over the mesh:\n  " + "\n  ".join(problems))
     return tree
 
 

@@ -11,9 +11,8 @@ import pathlib
 import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.setdefault(
-    "TPU_SKIP_MDS_QUERY", "1"
-)  # for the TPU compiler: there is no TPU to ask, and nobody to share with
+# For the TPU compiler: there is no TPU to ask, and nobody to share with.
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from stvdm import sharding
 from stvdm.models.context_parallel import split_context
 from stvdm.planning.chips import CHIPS, Chip
 from stvdm.planning.report import Json, duration, gib, mesh_text
@@ -95,7 +94,7 @@ def search(
       say: is told of each.
 
     Raises:
-      ValueError: if no mesh of these devices divides the batch and the model.
+      ValueError: if no mesh of these devices divides the batch and the model, or all of them are refused.
     """
     possible = list(_meshes(config, outline, num_devices, num_slices))
     if not possible:
@@ -116,6 +115,7 @@ def search(
     )
     tried: list[Tried] = []
     unseen = slower = 0
+    refusal: ValueError | None = None
     fastest = math.inf
     for estimate, _, mesh in meshes:
         if estimate >= fastest:
@@ -127,8 +127,9 @@ def search(
             middle = (low + high) // 2
             try:
                 fit = ask(edited(config, mesh, ladder[middle]))
-            except sharding.DoesNotDivide as error:
+            except ValueError as error:  # the batch of some bucket or some weight does not divide over this mesh
                 say(f"{mesh_text(mesh)}: {error}")
+                refusal = error
                 break
             seconds = sum(fit["bounds"].values()) if fit["fits"] else None
             tried.append(Tried(mesh, ladder[middle], fit["fits"], fit["needed_bytes"], seconds))
@@ -137,6 +138,8 @@ def search(
             fastest = min(fastest, seconds or math.inf)
         else:
             unseen += low < high
+    if refusal and not tried:
+        raise refusal  # it is not the meshes
     too_large = len(possible) - len(meshes)
     return Found(tried, too_large, slower, unseen, limit_bytes, state_bytes / num_devices)
 

@@ -7,7 +7,6 @@ import math
 import pytest
 
 from stvdm import config as base
-from stvdm import sharding
 from stvdm.planning import search
 from stvdm.planning.chips import CHIPS
 
@@ -151,7 +150,7 @@ def test_a_mesh_that_some_weight_does_not_divide_over_is_passed_by():
 
     def ask(config):
         if config.mesh.fsdp > 1:
-            raise sharding.DoesNotDivide("these parameters do not divide over the mesh")
+            raise ValueError("these parameters do not divide over the mesh")
         return {"fits": True, "needed_bytes": 1.0, "bounds": {"arithmetic": 100.0}}
 
     found, _ = found_with(None, num_devices=4, ask=ask, say=said.append, tries=1000)
