@@ -105,6 +105,13 @@ def spec(*logical_axes: str | None) -> PartitionSpec:
     return PartitionSpec(*entries)
 
 
+def num_parts(logical_axis: str) -> int:
+    """Into how many parts a dimension with this name is split on the mesh that is set; 1 if there is none."""
+    mesh, entry = jax.sharding.get_abstract_mesh(), _mesh_axes(logical_axis)
+    axes = (entry,) if isinstance(entry, str) else entry or ()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in axes)
+
+
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     """Pins the partition of an activation inside jit; the identity where no mesh is set."""
     if len(logical_axes) != x.ndim:

@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
+from stvdm import sharding
 from stvdm.models import critics
 
 
@@ -16,6 +18,21 @@ def test_reconstruction_by_hand():
     video, decoded = jnp.zeros((1, 1, 1, 2, 1)), jnp.array([0.5, -1.0]).reshape(1, 1, 1, 2, 1)
     np.testing.assert_allclose(critics.reconstruction(decoded, video), 0.75)
     np.testing.assert_allclose(critics.reconstruction(decoded, video, absolute=0.0, squared=2.0), 1.25)
+
+
+@pytest.mark.parametrize("mesh", [dict(context=4), dict(context=2, tensor=2), dict(fsdp=2, tensor=4)], ids=str)
+def test_verdicts_on_frames_that_lie_in_pieces_are_those_on_whole_ones(mesh):
+    """16 rows and columns become 2: too few to go on lying in pieces."""
+    judge, video = critics.Discriminator(), clip(3, (8, 3, 16, 16, 3))
+    random = np.random.default_rng(0)
+    shapes = nn.unbox(jax.eval_shape(judge.init, jax.random.key(0), video))
+    params = jax.tree.map(lambda leaf: random.normal(size=leaf.shape).astype(np.float32), shapes)
+    expected = jax.jit(judge.apply)(params, video)
+    mesh = sharding.make_mesh(**mesh)
+    with jax.set_mesh(mesh):
+        pieces = jax.device_put(video, NamedSharding(mesh, sharding.spec("batch", None, "rows", "columns", None)))
+        found = jax.jit(judge.apply)(jax.device_put(params, sharding.replicated(mesh)), pieces)
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
 def test_perceptual_distance():

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 
 from stvdm import checkpoint, sharding
 from stvdm.train import autoencoder
@@ -46,6 +47,33 @@ def test_sharded_equals_single_device(autoencoder_config, tmp_path, mesh):
         patch.setattr(sharding, "make_mesh", lambda **axes: whole(**axes, devices=jax.devices()[:1]))
         autoencoder.main(autoencoder_config(total_steps=3), tmp_path / "one")
     np.testing.assert_allclose(_losses(tmp_path / "eight"), _losses(tmp_path / "one"), rtol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("convolution", ["full", "separable"])
+@pytest.mark.parametrize("mesh", [dict(data=2, context=4), dict(data=1, fsdp=2, context=2, tensor=2)], ids=str)
+def test_every_gradient_on_a_mesh_is_that_of_one_device(autoencoder_config, mesh, convolution):
+    whole = dict(model__convolution=convolution, model__shortcuts=True, model__middle_attention=True)
+    config = autoencoder_config(loss__perceptual=0.1, loss__adversarial=0.1, **whole)
+    run = runs.anywhere(autoencoder.program(config))
+    params, key = run.init(), jax.random.key(3)
+    video = np.random.default_rng(5).integers(0, 256, (8, 5, 16, 16, 3), np.uint8)
+
+    def gradients(mesh):
+        with jax.set_mesh(mesh):
+            batch = {"video": jax.device_put(video, sharding.batch_sharding(mesh))}
+            here = jax.device_put(params, sharding.replicated(mesh))
+            return jax.device_get(jax.jit(jax.value_and_grad(run.loss, has_aux=True))(here, batch, key))
+
+    expected = gradients(sharding.make_mesh(devices=jax.devices()[:1]))
+    found = gradients(sharding.make_mesh(**mesh))
+    np.testing.assert_allclose(found[0][0], expected[0][0], rtol=1e-5)
+    for (path, there), here in zip(
+        jax.tree_util.tree_leaves_with_path(expected[1]), jax.tree.leaves(found[1]), strict=True
+    ):
+        scale = np.abs(there).max()
+        assert scale > 0, jax.tree_util.keystr(path)
+        np.testing.assert_allclose(here, there, atol=2e-4 * scale, rtol=0, err_msg=jax.tree_util.keystr(path))
 
 
 def test_a_step_that_is_not_finite_is_skipped(autoencoder_config, tmp_path, one_device, monkeypatch):
