@@ -16,6 +16,7 @@ class Chip(NamedTuple):
     """Peaks of one device as JAX sees it, and where they are published. Bandwidths are in bytes per second, one way."""
 
     flops: float  # bfloat16, dense
+    eight_bit_flops: dict[str, float]  # of the kinds of `models.quantized` that its arithmetic has
     memory_bandwidth: float
     link_bandwidth: float  # all links of the device together, inside a slice
     network_bandwidth: float  # the device's share of its host's network card, between slices
@@ -25,10 +26,12 @@ class Chip(NamedTuple):
 
 _DOCS = "https://docs.cloud.google.com/tpu/docs/"
 CHIPS = {
-    "v5e": Chip(197e12, 0.819e12, 200e9, 3.125e9, 15.75, _DOCS + "v5e"),
-    "v5p": Chip(459e12, 2.765e12, 600e9, 6.25e9, 95.74, _DOCS + "v5p"),
-    "v6e": Chip(918e12, 1.640e12, 400e9, 12.5e9, 31.25, _DOCS + "v6e"),
-    "tpu7x": Chip(2307e12 / 2, 7.38e12 / 2, 600e9 / 2, 12.5e9 / 2, 94.75, _DOCS + "tpu7x"),  # two devices a chip
+    "v5e": Chip(197e12, {"int8": 393e12}, 0.819e12, 200e9, 3.125e9, 15.75, _DOCS + "v5e"),
+    "v5p": Chip(459e12, {"int8": 918e12}, 2.765e12, 600e9, 6.25e9, 95.74, _DOCS + "v5p"),
+    "v6e": Chip(918e12, {"int8": 1836e12}, 1.640e12, 400e9, 12.5e9, 31.25, _DOCS + "v6e"),
+    "tpu7x": Chip(  # two devices a chip
+        2307e12 / 2, {"fp8": 4614e12 / 2}, 7.38e12 / 2, 600e9 / 2, 12.5e9 / 2, 94.75, _DOCS + "tpu7x"
+    ),
 }
 
 DEVICES_PER_CHIP = {"tpu7x": 2}

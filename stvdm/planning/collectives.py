@@ -44,8 +44,9 @@ def collectives_of(hlo: str, mesh: Mesh, *, num_slices: int = 1) -> Iterator[Col
     """The collectives of a compiled program, loops multiplied out, by kind and by the mesh axes they run over.
 
     What a device sends of an array of s bytes among g devices, at the least: (g-1)/g s for a gather (s gathered), a
-    reduce-scatter (s scattered) and an all-to-all, twice that for an all-reduce, s for a permute. Of the branches of a
-    conditional the one that sends most counts.
+    reduce-scatter (s scattered) and an all-to-all, twice that for an all-reduce, s for a permute. Between slices
+    the same, but that a gather's s is there what one device gives: it sends (g-1) s. Of the branches of a conditional
+    the one that sends most counts.
 
     Raises:
       ValueError: if the program says in a way that is not known here which devices form a group.
@@ -98,8 +99,9 @@ def _collective(line: str, mesh: Mesh, num_slices: int) -> Counts:
     """The one collective of a line of a program, if it is one."""
     between = re.search(r" = (.*?) send\(.*_xla_(?:megascale|host)_transfer\w*_type=\"?(\w+)", line)
     if between:
-        twice = 2 * (num_slices - 1) / num_slices if "REDUCE" in between[2] else 1.0
-        return {(BETWEEN_SLICES, ("data",)): (1, twice * max(_arrays(between[1]), default=0.0), True)}
+        share = (num_slices - 1) / num_slices
+        times = {"ALL_REDUCE": 2 * share, "REDUCE_SCATTER": share, "ALL_TO_ALL": share, "ALL_GATHER": num_slices - 1}
+        return {(BETWEEN_SLICES, ("data",)): (1, times.get(between[2], 1.0) * sum(_arrays(between[1])), True)}
     op = re.search(rf" = (.*?) ({'|'.join(_KINDS)})(-start)?\(", line)
     if not op:
         return {}

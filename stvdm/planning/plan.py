@@ -7,8 +7,14 @@
 *Model FLOPs* are three times those of the forward pass (PaLM, arXiv:2204.02311, appendix B) and what utilisation is
 measured by; the step itself does more: the optimiser's, and what is computed again in the backward pass.
 
+Memory is what the compiler says: it refuses a program whose peak does not fit, and tells how large that is. Its sum of
+arguments and temporaries can be larger than the limit where it does not refuse (an accepted program for v5e: 16.6 of
+15.75 GiB by that sum, 15.6 at the peak); the arena in which the temporaries lie was within 3% of the peak. Where plans
+say little to spare, spare more.
+
 The bound is a roofline: the step takes no less time than its arithmetic, its memory traffic or its communication would
-alone, at the peaks of `CHIPS`. A real step is slower. Nothing here has been compared with a real chip.
+alone, at the peaks of `CHIPS`. A real step is slower. What remat "offload" sends to the host's memory is not in it: no
+peak of that link is published. Nothing here has been compared with a real chip.
 
     report = make(config, autoencoder_settings, topology="v5p:4x4x4")        # JSON, which `report.as_text` reads
 """
@@ -21,7 +27,7 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -34,9 +40,9 @@ from stvdm import config as base
 from stvdm import shapes, sharding
 from stvdm.models.autoencoder3d import Autoencoder
 from stvdm.planning import chips
-from stvdm.planning.chips import CHIPS, Topology
+from stvdm.planning.chips import CHIPS, Chip, Topology
 from stvdm.planning.collectives import BETWEEN_SLICES, Collective, collectives_of
-from stvdm.planning.flops import count_flops
+from stvdm.planning.flops import EIGHT_BIT_PARTS, count_flops
 from stvdm.sampling import pipeline
 from stvdm.train import autoencoder as train_autoencoder
 from stvdm.train import dit as train_dit
@@ -183,10 +189,9 @@ class Fit:
     fits: bool
     refusal: str  # what the compiler said, "" if it did not refuse
     limit_bytes: float
-    needed_bytes: float | None  # as the compiler counts, where it refuses; else all below, what is reused counted once
+    needed_bytes: float | None  # the most that is alive at any one time: what the compiler compares with the limit
     argument_bytes: float | None
-    temporary_bytes: float | None
-    peak_bytes: float | None  # the most that is alive at any one time
+    temporary_bytes: float | None  # of the compiler's sum, in which some of a loop's buffers stand twice
     collectives: tuple[Collective, ...]
     model_flops: float  # per device
     bounds: dict[str, float]  # the least time of a step for its arithmetic, memory, links and network, each alone
@@ -244,7 +249,6 @@ def compiled(config: ConfigDict, coder: Autoencoder, where: Topology, plan: Outl
         needed_bytes=None,
         argument_bytes=None,
         temporary_bytes=None,
-        peak_bytes=None,
         collectives=(),
         model_flops=plan.model_flops / len(where.devices),
         bounds={},
@@ -258,31 +262,34 @@ def compiled(config: ConfigDict, coder: Autoencoder, where: Topology, plan: Outl
         try:
             program_here = lowered.compile(compiler_options={**COMPILER_FLAGS[where.chip]})
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
             return dataclasses.replace(fit, **spent(), **refused(str(error), fit.limit_bytes))
     memory: Any = program_here.memory_analysis()
     argument, output = float(memory.argument_size_in_bytes), float(memory.output_size_in_bytes)
-    needed = argument + memory.temp_size_in_bytes + output - memory.alias_size_in_bytes
     collectives = tuple(collectives_of(program_here.as_text() or "", mesh, num_slices=where.num_slices))
     network = sum(collective.bytes for collective in collectives if collective.kind == BETWEEN_SLICES)
     links = sum(collective.bytes for collective in collectives) - network
     return dataclasses.replace(
         fit,
-        fits=bool(needed <= fit.limit_bytes),
-        needed_bytes=needed,
+        fits=True,
+        needed_bytes=float(memory.peak_memory_in_bytes),
         argument_bytes=argument,
         temporary_bytes=float(memory.temp_size_in_bytes),
-        peak_bytes=float(memory.peak_memory_in_bytes),
         collectives=collectives,
         bounds={
-            "arithmetic": sum(plan.step_flops.values()) / len(where.devices) / chip.flops,
+            "arithmetic": arithmetic_seconds(plan.step_flops, chip, config.model.get("matmul", ""))
+            / len(where.devices),
             "memory": (argument + output) / chip.memory_bandwidth,  # what goes in and comes out, once
             "links": links / chip.link_bandwidth,
             "network": network / chip.network_bandwidth,
         },
         **spent(),
     )
+
+
+def arithmetic_seconds(step_flops: Mapping[str, float], chip: Chip, matmul: str) -> float:
+    """The least time of a step on one device; what is in eight bits goes at their peak, where the chip has one."""
+    rounded = chip.eight_bit_flops.get(matmul, chip.flops)
+    return sum(flops / (rounded if part in EIGHT_BIT_PARTS else chip.flops) for part, flops in step_flops.items())
 
 
 @contextlib.contextmanager
@@ -297,9 +304,9 @@ def _effort(effort: float) -> Iterator[None]:
 
 
 def refused(said: str, limit_bytes: float) -> dict[str, Any]:
-    """The fields of a `Fit` that a compiler's message of too little memory tells."""
-    first = next(line for line in said.splitlines() if "RESOURCE_EXHAUSTED" in line)
-    fields: dict[str, Any] = {"refusal": first.strip()[:400]}
+    """The fields of a `Fit` that a compiler's refusal tells; one that is not of memory is told as it is."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()] or ["the compiler did not say why"]
+    fields: dict[str, Any] = {"refusal": next((line for line in lines if "RESOURCE_EXHAUSTED" in line), lines[0])[:400]}
     size = r"([\d.]+)([KMGT])i?B?"
     found = re.search(rf"\({size}\) exceeds available \w+ \({size}\)", said) or re.search(
         rf"Used {size} of {size} hbm", said

@@ -8,6 +8,7 @@ print(report.as_text(planner.compiled()))
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +41,7 @@ class Planner:
         topology: str | None = None,
         num_slices: int | None = None,
     ) -> None:
-        self.config = config
+        self.config = _largest_first(config)
         self.topology, self.num_slices = topology or config.topology, num_slices or config.num_slices
         self._autoencoder = _autoencoder_settings(config, autoencoder)
 
@@ -99,6 +100,13 @@ class Planner:
         where = (topology, num_slices, quick)
         question = {"config": config.to_dict(), "autoencoder": self._autoencoder, "where": where}
         return cache.answer(question, make)
+
+
+def _largest_first(config: ConfigDict) -> ConfigDict:
+    """The config with its buckets by falling pixels: the first is compiled, which needs the most."""
+    config = config.copy_and_resolve_references().unlock()
+    config.data.buckets = tuple(sorted(config.data.buckets, key=lambda bucket: -math.prod(bucket[:4])))
+    return config.lock()
 
 
 def _autoencoder_settings(config: ConfigDict, named: str | None) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def as_text(report: Json) -> str:
             )
         lines.append(f"{line}; batch {clip['batch']}")
     if len(lines) > 1:
-        lines.append("of these the first is what follows:")
+        lines.append("of these the first, the largest, is what follows:")
     total, flops = sum(report["parameters"].values()), sum(report["step_flops"].values())
     lines.append(f"parameters: {short(total)}: " + _shares(report["parameters"], total))
     lines.append(
@@ -63,16 +63,14 @@ def _compiled(fit: Json) -> list[str]:
         f"{fit['compile_cpu_seconds']:.0f} CPU-seconds"
     ]
     if not fit["fits"]:
-        return [
-            *lines,
-            f"  does not fit: {room(fit)}",
-            *([f"  {fit['refusal']}"] if fit["needed_bytes"] is None else []),
-        ]
+        said = [f"  {fit['refusal']}"] if fit["needed_bytes"] is None else []
+        if said and "RESOURCE_EXHAUSTED" not in fit["refusal"]:
+            return [*lines, "  the compiler refuses it, and not for want of memory:", *said]
+        return [*lines, f"  does not fit: {room(fit)}", *said]
     chip = fit["chip"]
     lines.append(
-        f"  fits: {room(fit)} a device, {fit['margin_bytes'] / fit['limit_bytes']:.0%} to spare "
-        f"(arguments {gib(fit['argument_bytes'])}, temporaries {gib(fit['temporary_bytes'])}; "
-        f"peak {gib(fit['peak_bytes'])})"
+        f"  fits: {room(fit)} a device at the peak, {fit['margin_bytes'] / fit['limit_bytes']:.0%} to spare "
+        f"(arguments {gib(fit['argument_bytes'])}; all temporaries {gib(fit['temporary_bytes'])}, not all at once)"
     )
     for collective in fit["collectives"]:
         over = " and ".join(collective["axes"]) or "nothing"

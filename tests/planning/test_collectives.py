@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from stvdm import sharding
-from stvdm.planning.collectives import _axes_of, collectives_of
+from stvdm.planning.collectives import Collective, _axes_of, collectives_of
 
 
 def program(body, mesh):
@@ -104,6 +104,29 @@ def test_a_tpu_scatters_its_sums_in_a_fusion():
     )
     (found,) = collective("%x = f32[4] fusion(%a), kind=kCustom, calls=%all-reduce-scatter.3", body)
     assert found[:4] == ("reduce-scatter", ("fsdp",), 1, 0.75 * 64)
+
+
+@pytest.mark.parametrize(
+    ("array", "kind", "sent"),
+    [
+        ("bf16[512,8,128]{2,1,0:T(8,128)(2,1)}", "ALL_REDUCE", 2 * 2 / 3 * 2 * 512 * 8 * 128),
+        ("f32[1,2,6144]{2,1,0:T(2,128)}", "ALL_GATHER", 2 * 4 * 2 * 6144),
+        ("f32[9,8,128]{2,1,0:T(8,128)}", "REDUCE_SCATTER", 2 / 3 * 4 * 9 * 8 * 128),
+        ("bf16[256,1024]{1,0:T(8,128)(2,1)}", "ONE_TO_ONE", 2 * 256 * 1024),
+    ],
+)
+def test_what_goes_between_slices_is_counted(array, kind, sent):
+    """Lines as the compiler writes them for several slices; of a REDUCE_SCATTER it has not been seen."""
+    line = (
+        f"  %send.15 = ({array}, u32[], token[]) send(%bitcast.28, %after-all.15), channel_id=28, "
+        'is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'
+        '_xla_host_transfer_rendezvous="all-reduce.454_0",_xla_megascale_reduce_operation="SUM",'
+        f'_xla_megascale_target="{{1,2}}x{{0:3}}",_xla_megascale_transfer_type="{kind}"}}'
+    )
+    done = "  %send-done = token[] send-done(%send.15), channel_id=28, is_host_transfer=true"
+    mesh = sharding.make_mesh()
+    found = list(collectives_of(f"ENTRY %main () -> f32[] {{\n{line}\n{done}\n}}", mesh, num_slices=3))
+    assert found == [Collective("between slices", ("data",), 1, pytest.approx(sent))]
 
 
 def test_of_a_conditional_the_dearest_branch_counts():

@@ -12,6 +12,7 @@ from stvdm import cli
 from stvdm import config as base
 from stvdm.models.autoencoder3d import Autoencoder
 from stvdm.planning import chips, plan, report
+from stvdm.planning.planner import Planner
 from stvdm.train import dit as train_dit
 
 CODER_SETTINGS = dict(
@@ -116,6 +117,12 @@ def test_a_shape_that_is_none_is_refused():
             15.75,
         ),
         (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (15.98G) "
+            "exceeds available HBM (15.75G).",
+            15.98,
+            15.75,
+        ),
+        (
             "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 40.5G of 31.25G hbm. Exceeded by 9G",
             40.5,
             31.25,
@@ -128,6 +135,44 @@ def test_what_the_compiler_says_of_too_little_memory_is_read(said, needed, limit
     assert fields["refusal"].startswith("RESOURCE_EXHAUSTED")
     assert fields.get("needed_bytes") == (None if needed is None else pytest.approx(needed * 2**30))
     assert fields.get("limit_bytes") == (None if limit is None else pytest.approx(limit * 2**30))
+
+
+def test_a_refusal_that_is_not_of_memory_is_told_as_that():
+    fit = dict(
+        topology="v5p:2x2x1", num_slices=1, num_devices=4, mesh=dict(fsdp=4), remat="everything", accumulate=1,
+        fits=False, limit_bytes=95.74 * 2**30, needed_bytes=None, quick=False, compile_seconds=2.0,
+        compile_cpu_seconds=3.0,
+    )  # fmt: skip
+    outline = plan.make(small_dit(), CODER_SETTINGS)
+    for said, told in (
+        (
+            "\nINTERNAL: Mosaic failed to compile\nbacktrace",
+            "refuses it, and not for want of memory:\n  INTERNAL: Mosaic",
+        ),
+        ("", "refuses it, and not for want of memory:\n  the compiler did not say why"),
+        ("RESOURCE_EXHAUSTED: in vmem", "does not fit: more of 95.74 GiB\n  RESOURCE_EXHAUSTED: in vmem"),
+    ):
+        assert told in report.as_text({**outline, "compiled": {**fit, **plan.refused(said, 1.0)}})
+
+
+def test_what_is_in_eight_bits_goes_at_their_peak():
+    chip, flops = chips.CHIPS["v6e"], {"MLP": 4e15, "self-attention": 2e15}
+    assert plan.arithmetic_seconds(flops, chip, "") == 6e15 / chip.flops
+    assert plan.arithmetic_seconds(flops, chip, "int8") == pytest.approx(4e15 / chip.flops)
+    assert plan.arithmetic_seconds(flops, chip, "fp8") == 6e15 / chip.flops  # which it has not
+
+
+def test_the_largest_of_several_buckets_is_what_is_planned(tmp_path, monkeypatch):
+    monkeypatch.setenv("STVDM_CACHE", str(tmp_path))
+    config = small_dit()
+    config.data.buckets = ((5, 16, 16, 8, 1.0), (9, 32, 32, 8, 0.5), (1, 16, 16, 64, 1.0))
+    config.autoencoder = "configs/autoencoder_kinetic.py"
+    made = Planner(config).outline()
+    assert [clip["video"] for clip in made["clips"]] == [[9, 32, 32], [1, 16, 16], [5, 16, 16]]
+    assert config.data.buckets[0][0] == 5
+    (alone := small_dit()).data.buckets = ((9, 32, 32, 8, 1.0),)
+    alone.autoencoder = config.autoencoder
+    assert made["step_flops"] == Planner(alone).outline()["step_flops"]
 
 
 def test_the_command_prints_tables_and_json(tmp_path, capsys, monkeypatch):
@@ -195,6 +240,21 @@ def test_the_real_step_compiles_for_a_slice():
     quick = plan.compiled(config, CODER, chips.topology("v5e:2x2"), plan.outline(config, CODER), quick=True)
     assert quick.quick and quick.fits and quick.argument_bytes == fit.argument_bytes
     assert jax.config.jax_exec_time_optimization_effort == 0.0
+
+
+@pytest.mark.slow
+@tpu_compiler
+@pytest.mark.parametrize(("kind", "topology"), [("int8", "v5p:2x2x1"), ("fp8", "tpu7x:2x2x1")])
+def test_products_in_eight_bits_compile_for_a_slice(kind, topology):
+    where = chips.topology(topology)
+    config = small_dit()
+    config.mesh.update(dict(data=1, fsdp=len(where.devices)))
+    config.model.update(dict(dtype="bfloat16", remat="everything"))
+    plain = plan.compiled(config, CODER, where, plan.outline(config, CODER))
+    config.model.matmul = kind
+    rounded = plan.compiled(config, CODER, where, plan.outline(config, CODER))
+    assert rounded.fits
+    assert 0.5 < rounded.bounds["arithmetic"] / plain.bounds["arithmetic"] < 1
 
 
 @pytest.mark.slow
