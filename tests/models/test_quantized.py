@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from stvdm import sharding
 from stvdm.models.dit import DiT
 from stvdm.models.quantized import quantized
 
@@ -56,6 +57,24 @@ def test_products_and_their_gradients_are_rounded_and_attention_is_not(dit, give
     assert 0 < abs(again[0] - plain[0]) < value * plain[0]
     errors = jax.tree.map(jnp.subtract, again[1], plain[1])
     assert 0 < optax.tree.norm(errors) < slope * optax.tree.norm(plain[1])
+
+
+@pytest.mark.parametrize("mesh", [dict(fsdp=2), dict(context=2), dict(tensor=2)], ids=str)
+def test_on_a_mesh_they_are_those_of_one_device(dit, given, mesh):
+    params, inputs = given
+
+    def gradients(mesh):
+        with jax.set_mesh(mesh):
+            split = jax.tree.map(lambda x: jax.device_put(x, sharding.batch_sharding(mesh)), inputs)
+            loss = lambda params: jnp.mean(jnp.square(quantized(dit, "int8").apply(params, *split)))  # noqa: E731
+            return jax.device_get(jax.jit(jax.value_and_grad(loss))(jax.device_put(params, sharding.replicated(mesh))))
+
+    expected = gradients(sharding.make_mesh(devices=jax.devices()[:1]))
+    found = gradients(sharding.make_mesh(**mesh, devices=jax.devices()[:2]))
+    # What lies between two steps may fall to either: 0.01 and 0.03 is what rounding itself changes, see above.
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-3)
+    errors = jax.tree.map(np.subtract, found[1], expected[1])
+    assert optax.tree.norm(errors) < 0.01 * optax.tree.norm(expected[1])
 
 
 def test_parameters_are_those_of_the_network_as_it_was(dit):

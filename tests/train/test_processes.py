@@ -54,6 +54,15 @@ def test_several_processes_train_as_one_device(config, alone, tmp_path, num_proc
     np.testing.assert_allclose(losses_and_gradients(tmp_path / "run"), expected, rtol=1e-4)
 
 
+def test_a_run_goes_on_in_more_processes_and_in_fewer_on_another_mesh(config, alone, tmp_path):
+    expected = alone(config(dict(data=1)))
+    for steps, num_processes, mesh in ((1, 1, "fsdp"), (2, 4, "context-tensor"), (3, 2, "fsdp-context")):
+        part = config(MESHES[mesh])
+        part.total_steps = steps
+        finish(tmp_path / "run", part, kind="dit", num_processes=num_processes, anywhere=True)
+    np.testing.assert_allclose(losses_and_gradients(tmp_path / "run"), expected, rtol=1e-4)
+
+
 def test_two_processes_evaluate_preview_and_leave_one_model(config, alone, tmp_path):
     changes = config(dict(fsdp=4))
     changes.eval_every, changes.eval_batches = 3, 1

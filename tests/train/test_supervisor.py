@@ -457,7 +457,7 @@ def test_a_training_whose_losses_are_not_finite_is_not_started_again(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "fault, said",
-    [(signal.SIGKILL, "was killed by SIGKILL"), (signal.SIGSTOP, "silent for 120 s|died")],
+    [(signal.SIGKILL, "process 1 was killed by SIGKILL"), (signal.SIGSTOP, "process 0 died")],
 )
 def test_two_processes_train_one_is_lost_and_the_losses_go_on_as_if_nothing_had_happened(tmp_path, capfd, fault, said):
     (tmp_path / "config.py").write_text(CONFIG)
@@ -489,7 +489,7 @@ def test_two_processes_train_one_is_lost_and_the_losses_go_on_as_if_nothing_had_
                 for _ in range(2):  # asked twice, it leaves nothing behind
                     process.terminate()
                     time.sleep(1)
-    assert re.search(said, capfd.readouterr().err)
+    assert said in capfd.readouterr().err
     assert 31 < lines("parts") < 31 + killed_at  # some steps again, but not from the first; one line is an evaluation
     losses = {name: [r["loss"] for r in read_metrics(tmp_path / name) if "loss" in r] for name in ("whole", "parts")}
     assert len(losses["whole"]) == 30
