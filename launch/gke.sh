@@ -5,7 +5,7 @@ set -euo pipefail
 
 usage() {
     cat <<'EOF'
-launch/gke.sh [--dry-run] ACTION NAME [...]
+launch/gke.sh ACTION NAME [--dry-run] [...]
 
   start    --chip=v5e|v5p|v6e|tpu7x --topology=4x4 --image=IMAGE [--slices=N] [--spot] [--chips-per-host=4]
            [--queue=multislice-queue] [--service-account=ACCOUNT] [--data=gs://BUCKET[/FOLDER]]
@@ -42,6 +42,7 @@ shift 2
 chip="" topology="" image="" slices=1 per_host=4 spot="" queue="" account=default data="" bucket="" folder=""
 while [ $# -gt 0 ]; do
     case "$action $1" in
+        *" --dry-run") dry_run=yes ;;
         "start --chip="*) chip=${1#*=} ;;
         "start --topology="*) topology=${1#*=} ;;
         "start --image="*) image=${1#*=} ;;

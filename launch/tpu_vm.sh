@@ -5,7 +5,7 @@ set -euo pipefail
 
 usage() {
     cat <<'EOF'
-launch/tpu_vm.sh [--dry-run] ACTION NAME --zone=ZONE [...]
+launch/tpu_vm.sh ACTION NAME --zone=ZONE [--dry-run] [...]
 
   create   --accelerator=TYPE [--slices=N] [--spot | --reserved] [--runtime-version=V] [-- MORE GCLOUD FLAGS]
            ask for TPUs: v5litepod-16, v5p-8, v6e-64, ...; without --spot and --reserved they are on-demand
@@ -47,6 +47,7 @@ zone="" accelerator="" slices=1 tier="" runtime="" chip="" data=""
 while [ $# -gt 0 ]; do
     case "$action $1" in
         *" --zone="*) zone=${1#*=} ;;
+        *" --dry-run") dry_run=yes ;;
         "create --accelerator="*) accelerator=${1#*=} ;;
         "create --slices="*) slices=${1#*=} ;;
         "create --runtime-version="*) runtime=${1#*=} ;;

@@ -123,6 +123,7 @@ def test_dry_run_prints_what_would_have_run_and_runs_nothing(machine, words):
     printed = succeeded(machine.run("tpu_vm.sh", "--dry-run", action, "run", ZONE, *rest)).stdout
     assert machine.calls == []
     assert [shlex.split(line) for line in printed.splitlines()] == TPU[words]
+    assert succeeded(machine.run("tpu_vm.sh", action, "run", ZONE, "--dry-run", *rest)).stdout == printed
     machine.shell(printed)
     assert machine.argvs == TPU[words]
 
@@ -300,6 +301,7 @@ def test_a_jobset_printed_and_pasted_is_the_jobset(machine):
     words = ["start", "run", "--chip=v5p", "--topology=2x2x2", "--image=i", "--", *TRAIN, *NASTY]
     succeeded(machine.run("gke.sh", *words))
     printed = succeeded(machine.run("gke.sh", "--dry-run", *words)).stdout
+    assert succeeded(machine.run("gke.sh", "start", "run", "--dry-run", *words[2:])).stdout == printed
     assert len(machine.calls) == 1
     machine.shell(printed)
     assert machine.calls[0] == machine.calls[1]
