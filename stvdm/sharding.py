@@ -13,6 +13,8 @@ nothing is ever left unsharded in silence.
 from __future__ import annotations
 
 import difflib
+import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -80,6 +82,23 @@ def make_mesh(
     else:
         grid = np.asarray(devices).reshape(shape)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def meet(mesh: Mesh) -> None:
+    """Lets the processes of a job on CPUs meet in every group of devices that a program may name; else does nothing.
+
+    Gloo, which carries their messages, gives up on a group if one comes 30 s late to its first meeting: on a busy
+    machine that is less than the time between the ends of two compilations of the same training step.
+    """
+    if jax.process_count() == 1 or mesh.devices.flat[0].platform != "cpu":
+        return
+    split = PartitionSpec(mesh.axis_names)
+    subsets = (itertools.combinations(mesh.axis_names, n) for n in range(1, len(mesh.axis_names) + 1))
+    for axes in itertools.chain.from_iterable(subsets):
+        count = jax.shard_map(
+            functools.partial(jax.lax.psum, axis_name=axes), mesh=mesh, in_specs=split, out_specs=split
+        )
+        jax.block_until_ready(jax.jit(count)(np.ones(mesh.size, np.float32)))
 
 
 def platform() -> str:

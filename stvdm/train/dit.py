@@ -158,6 +158,7 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
     base.validate(config)
     workdir = epath.Path(workdir).expanduser()
     mesh = sharding.make_mesh(**config.mesh)
+    sharding.meet(mesh)
 
     with (
         preemption.watch() as must_leave,

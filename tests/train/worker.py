@@ -5,7 +5,6 @@ RUN.json: {"kind", "config" (all of it), "workdir", "num_processes", "port", "de
 "seconds" (that each batch takes, so that there is time to interfere), "anywhere" (start from random weights)}.
 """
 
-import itertools
 import json
 import os
 import sys
@@ -30,20 +29,11 @@ if run["num_processes"] > 1:
 import runs  # noqa: E402
 
 from stvdm import config as base  # noqa: E402
-from stvdm import sharding  # noqa: E402
 from stvdm.data.loader import Loader  # noqa: E402
 from stvdm.train import autoencoder, dit  # noqa: E402
 
 config = {"autoencoder": base.autoencoder, "dit": base.dit}[run["kind"]]().unlock()
 config.update(run["config"])
-
-# Gloo waits thirty seconds for whoever comes to a group's first collective late, and two processes that compile on a
-# busy machine can be further apart: so the groups are made before.
-mesh = sharding.make_mesh(**config.mesh)
-whole = jax.sharding.PartitionSpec(mesh.axis_names)
-for axes in [*itertools.chain.from_iterable(itertools.combinations(mesh.axis_names, n) for n in (1, 2, 3, 4))]:
-    meet = jax.shard_map(lambda x, axes=axes: jax.lax.psum(x, axes), mesh=mesh, in_specs=whole, out_specs=whole)
-    jax.block_until_ready(jax.jit(meet)(jax.numpy.zeros(mesh.size)))
 
 draw = Loader.__next__
 
