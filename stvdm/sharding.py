@@ -85,7 +85,7 @@ def make_mesh(
 
 
 def meet(mesh: Mesh) -> None:
-    """Lets the processes of a job on CPUs meet in every group of devices that a program may name; else does nothing.
+    """Lets the processes of a job on CPUs meet along every set of mesh axes; on other devices there is no need.
 
     Gloo, which carries their messages, gives up on a group if one comes 30 s late to its first meeting: on a busy
     machine that is less than the time between the ends of two compilations of the same training step.
@@ -128,7 +128,7 @@ def num_parts(logical_axis: str) -> int:
     """Into how many parts a dimension with this name is split on the mesh that is set; 1 if there is none."""
     mesh, entry = jax.sharding.get_abstract_mesh(), _mesh_axes(logical_axis)
     axes = (entry,) if isinstance(entry, str) else entry or ()
-    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in axes)
+    return 1 if mesh.empty else math.prod(mesh.shape.get(axis, 1) for axis in axes)
 
 
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:

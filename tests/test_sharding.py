@@ -55,6 +55,12 @@ except ValueError as error:
     assert "data=1 is split over 2 slices; make it a multiple of 2" in run.stdout
 
 
+def test_parts_of_a_dimension_are_those_of_its_axes():
+    assert sharding.num_parts("batch") == 1
+    with jax.set_mesh(sharding.make_mesh(data=2, fsdp=2, context=1, tensor=2)):
+        assert [sharding.num_parts(name) for name in ("batch", "rows", "columns", "channels")] == [4, 1, 2, 1]
+
+
 def test_look_up_is_strict():
     assert sharding.spec("batch", "tokens", None) == P(("data", "fsdp"), "context", None)
     with pytest.raises(ValueError, match="'head' is not in AXIS_RULES; did you mean heads"):

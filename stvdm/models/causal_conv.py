@@ -93,7 +93,7 @@ def _split(x: jax.Array, stride: Triple) -> tuple[str | None, ...]:
 
     def split(name: str, axis: int) -> str | None:
         size, parts = x.shape[1 + axis], sharding.num_parts(name)
-        return name if size % (stride[axis] * parts) == 0 and size // (stride[axis] * parts) >= 2 else None
+        return name if size // (stride[axis] * parts) >= 2 else None
 
     return ("batch", None, split("rows", 1), split("columns", 2), None)
 

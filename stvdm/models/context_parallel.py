@@ -8,9 +8,9 @@ split over an axis of c devices, c = u r:
     ring (arXiv:2310.01889)                  keys and values go round the r groups, each device adds what it sees
 
 The all-to-all moves less and lets patterns skip blocks, so u is the largest divisor of c that divides a device's heads,
-and the ring takes the rest. Topology doesn't change that: the axis never leaves a slice, and where they are a
-ring of links, an all-to-all of queries, keys, values and results by the shortest ways sends half a sequence over each
-link (c^2/8 pairs, 4/c^2 each), while keys and values on their way round send two. A sequence that does not divide is
+and the ring takes the rest. Topology doesn't change that: the axis never leaves a slice, and if its devices are
+a ring of links, an all-to-all of queries, keys, values and results by the shortest ways sends half a sequence over each
+link (c^2/8 pairs, 4/c^2 each), while keys and values that go round one way send two. A sequence that does not divide is
 filled up with tokens that nobody sees.
 
 What a pattern saves on a ring is arithmetic alone. Keys and values go all the way round, also past those who see none

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 
@@ -47,6 +48,21 @@ DEVICE_KINDS = {
     "TPU v6e": "v6e",
     "TPU7x": "tpu7x",
 }
+
+
+EIGHT_BIT_PARTS = ("projections of attention", "MLP")  # of `flops.count_flops`: what `models.quantized` rounds
+
+
+def arithmetic_seconds(step_flops: Mapping[str, float], chip: Chip, matmul: str = "") -> float:
+    """The least time of a step on one device; products in eight bits go at their peak, where the chip has one.
+
+    Args:
+      step_flops: by part.
+      chip: a row of `CHIPS`.
+      matmul: of a config's model: "", "int8" or "fp8".
+    """
+    rounded = chip.eight_bit_flops.get(matmul, chip.flops)
+    return sum(flops / (rounded if part in EIGHT_BIT_PARTS else chip.flops) for part, flops in step_flops.items())
 
 
 def peak_flops(device_kind: str) -> float | None:

@@ -30,8 +30,6 @@ _ONE_DEVICE = AbstractMesh(
     abstract_device=AbstractDevice(device_kind="any", num_cores=None, platform="any"),
 )
 
-EIGHT_BIT_PARTS = ("projections of attention", "MLP")  # what `models.quantized` rounds lies in these
-
 _PARTS = (  # where in a program -> part; the first that fits
     (r"/(self_attention|cross_attention)/(query|key|value|out)\b", "projections of attention"),
     (r"/self_attention\b", "self-attention"),

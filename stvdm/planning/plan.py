@@ -7,10 +7,10 @@
 *Model FLOPs* are three times those of the forward pass (PaLM, arXiv:2204.02311, appendix B) and what utilisation is
 measured by; the step itself does more: the optimiser's, and what is computed again in the backward pass.
 
-Memory is what the compiler says: it refuses a program whose peak does not fit, and tells how large that is. Its sum of
-arguments and temporaries can be larger than the limit where it does not refuse (an accepted program for v5e: 16.6 of
-15.75 GiB by that sum, 15.6 at the peak); the arena in which the temporaries lie was within 3% of the peak. Where plans
-say little to spare, spare more.
+Memory is what the compiler says. It refuses a program if the peak, arguments and all, is more than there is; the sum of
+arguments and temporaries that it reports may be more, as buffers that loops pass on stand in it twice
+(`tests/planning/test_plan.py` has a program of each kind). The peak is what is alive, and where it lies leaves gaps of
+some hundredths: with nothing to spare, spare more.
 
 The bound is a roofline: the step takes no less time than its arithmetic, its memory traffic or its communication would
 alone, at the peaks of `CHIPS`. A real step is slower. What remat "offload" sends to the host's memory is not in it: no
@@ -27,7 +27,7 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -40,9 +40,9 @@ from stvdm import config as base
 from stvdm import shapes, sharding
 from stvdm.models.autoencoder3d import Autoencoder
 from stvdm.planning import chips
-from stvdm.planning.chips import CHIPS, Chip, Topology
+from stvdm.planning.chips import CHIPS, Topology
 from stvdm.planning.collectives import BETWEEN_SLICES, Collective, collectives_of
-from stvdm.planning.flops import EIGHT_BIT_PARTS, count_flops
+from stvdm.planning.flops import count_flops
 from stvdm.sampling import pipeline
 from stvdm.train import autoencoder as train_autoencoder
 from stvdm.train import dit as train_dit
@@ -185,6 +185,7 @@ class Fit:
     mesh: dict[str, int]
     remat: str
     accumulate: int
+    matmul: str  # "int8" or "fp8", if products are in eight bits
     quick: bool  # compiled with little effort
     fits: bool
     refusal: str  # what the compiler said, "" if it did not refuse
@@ -221,10 +222,11 @@ class Fit:
 def compiled(config: ConfigDict, coder: Autoencoder, where: Topology, plan: Outline, *, quick: bool = False) -> Fit:
     """Compiles the training step of a config for a topology, with the flags that a run there has.
 
-    Not fitting is an answer, not an error. With ``quick`` the compiler makes less of an effort than for a run: it takes
-    half the time, and finds a schedule of a little more temporaries.
+    Too little memory is an answer, not an error. With ``quick`` the compiler makes less of an effort than for a run: it
+    takes half the time, and finds a schedule of a little more temporaries.
     """
     chip = CHIPS[where.chip]
+    matmul = config.model.matmul if config.kind == "dit" else ""
     mesh = sharding.make_mesh(**config.mesh, devices=where.devices)
     program, arguments = _program(config, coder, mesh)
     started = time.perf_counter(), time.process_time()
@@ -242,6 +244,7 @@ def compiled(config: ConfigDict, coder: Autoencoder, where: Topology, plan: Outl
         mesh={axis: int(size) for axis, size in mesh.shape.items()},
         remat=config.model.remat,
         accumulate=config.optimizer.accumulate,
+        matmul=matmul,
         quick=quick,
         fits=False,
         refusal="",
@@ -262,7 +265,7 @@ def compiled(config: ConfigDict, coder: Autoencoder, where: Topology, plan: Outl
         try:
             program_here = lowered.compile(compiler_options={**COMPILER_FLAGS[where.chip]})
         except jax.errors.JaxRuntimeError as error:
-            return dataclasses.replace(fit, **spent(), **refused(str(error), fit.limit_bytes))
+            return dataclasses.replace(fit, **spent(), **refused(str(error)))
     memory: Any = program_here.memory_analysis()
     argument, output = float(memory.argument_size_in_bytes), float(memory.output_size_in_bytes)
     collectives = tuple(collectives_of(program_here.as_text() or "", mesh, num_slices=where.num_slices))
@@ -270,26 +273,19 @@ def compiled(config: ConfigDict, coder: Autoencoder, where: Topology, plan: Outl
     links = sum(collective.bytes for collective in collectives) - network
     return dataclasses.replace(
         fit,
-        fits=True,
+        fits=bool(memory.peak_memory_in_bytes <= fit.limit_bytes),
         needed_bytes=float(memory.peak_memory_in_bytes),
         argument_bytes=argument,
         temporary_bytes=float(memory.temp_size_in_bytes),
         collectives=collectives,
         bounds={
-            "arithmetic": arithmetic_seconds(plan.step_flops, chip, config.model.get("matmul", ""))
-            / len(where.devices),
+            "arithmetic": chips.arithmetic_seconds(plan.step_flops, chip, matmul) / len(where.devices),
             "memory": (argument + output) / chip.memory_bandwidth,  # what goes in and comes out, once
             "links": links / chip.link_bandwidth,
             "network": network / chip.network_bandwidth,
         },
         **spent(),
     )
-
-
-def arithmetic_seconds(step_flops: Mapping[str, float], chip: Chip, matmul: str) -> float:
-    """The least time of a step on one device; what is in eight bits goes at their peak, where the chip has one."""
-    rounded = chip.eight_bit_flops.get(matmul, chip.flops)
-    return sum(flops / (rounded if part in EIGHT_BIT_PARTS else chip.flops) for part, flops in step_flops.items())
 
 
 @contextlib.contextmanager
@@ -303,10 +299,17 @@ def _effort(effort: float) -> Iterator[None]:
         jax.config.update("jax_exec_time_optimization_effort", before)
 
 
-def refused(said: str, limit_bytes: float) -> dict[str, Any]:
-    """The fields of a `Fit` that a compiler's refusal tells; one that is not of memory is told as it is."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()] or ["the compiler did not say why"]
-    fields: dict[str, Any] = {"refusal": next((line for line in lines if "RESOURCE_EXHAUSTED" in line), lines[0])[:400]}
+def refused(said: str) -> dict[str, Any]:
+    """The fields of a `Fit` that a compiler's message of too little memory tells.
+
+    Raises:
+      ValueError: if the compiler refuses for another reason; the fast memory of a core, "vmem", is one.
+    """
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    first = next((line for line in lines if "RESOURCE_EXHAUSTED" in line and "vmem" not in line), None)
+    if first is None:
+        raise ValueError(f"the compiler refuses it, and not for want of memory: {' '.join(lines)[:400]}")
+    fields: dict[str, Any] = {"refusal": first[:400]}
     size = r"([\d.]+)([KMGT])i?B?"
     found = re.search(rf"\({size}\) exceeds available \w+ \({size}\)", said) or re.search(
         rf"Used {size} of {size} hbm", said

@@ -7,15 +7,17 @@ print(report.as_text(planner.compiled()))
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
 
 from stvdm import config as base
+from stvdm import shapes
 from stvdm.planning import cache, chips
 from stvdm.planning import search as search_lib
 
@@ -41,9 +43,9 @@ class Planner:
         topology: str | None = None,
         num_slices: int | None = None,
     ) -> None:
-        self.config = _largest_first(config)
         self.topology, self.num_slices = topology or config.topology, num_slices or config.num_slices
         self._autoencoder = _autoencoder_settings(config, autoencoder)
+        self.config = _largest_first(config, base.compression(self._autoencoder))
 
     def outline(self, config: ConfigDict | None = None) -> dict[str, Any]:
         """The plan of the config, or of this edit of it, from shapes alone: JSON, which `report.as_text` reads."""
@@ -67,19 +69,22 @@ class Planner:
             where, num_slices=self.num_slices
         )  # raises here, not for every mesh, if it cannot be compiled for
 
-        def flops(remat: str) -> float:
+        chip = chips.CHIPS[chips.chip_of(where)]
+        matmul = self.config.model.matmul if self.config.kind == "dit" else ""
+
+        def arithmetic(remat: str) -> float:
             edited = self.config.copy_and_resolve_references()
             edited.model.remat = remat
-            return sum(self.outline(edited)["step_flops"].values())
+            return chips.arithmetic_seconds(self.outline(edited)["step_flops"], chip, matmul)
 
         return search_lib.search(
             self.config,
             self.outline(),
-            chip=chips.CHIPS[chips.chip_of(where)],
+            chip=chip,
             num_devices=chips.num_devices(where, num_slices=self.num_slices),
             num_slices=self.num_slices,
             ask=lambda edited: self.compiled(edited, quick=True)["compiled"],
-            flops=flops,
+            arithmetic=arithmetic,
             tries=tries,
             say=say,
         )
@@ -102,11 +107,19 @@ class Planner:
         return cache.answer(question, make)
 
 
-def _largest_first(config: ConfigDict) -> ConfigDict:
-    """The config with its buckets by falling pixels: the first is compiled, which needs the most."""
-    config = config.copy_and_resolve_references().unlock()
-    config.data.buckets = tuple(sorted(config.data.buckets, key=lambda bucket: -math.prod(bucket[:4])))
-    return config.lock()
+def _largest_first(config: ConfigDict, compression: Mapping[str, Any]) -> ConfigDict:
+    """The config with its buckets by falling size, the first is compiled: for a transformer that of the latents."""
+
+    def size(bucket: tuple[Any, ...]) -> int:
+        frames, height, width, batch, _ = bucket
+        clip = (frames, height, width)
+        with contextlib.suppress(ValueError):  # what does not divide is told by whoever makes the plan
+            clip = shapes.latent_shape(clip, **compression) if config.kind == "dit" else clip
+        return batch * math.prod(clip)
+
+    config = config.copy_and_resolve_references()
+    config.data.buckets = tuple(sorted(config.data.buckets, key=size, reverse=True))
+    return config
 
 
 def _autoencoder_settings(config: ConfigDict, named: str | None) -> dict[str, Any]:

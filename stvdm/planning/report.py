@@ -64,8 +64,6 @@ def _compiled(fit: Json) -> list[str]:
     ]
     if not fit["fits"]:
         said = [f"  {fit['refusal']}"] if fit["needed_bytes"] is None else []
-        if said and "RESOURCE_EXHAUSTED" not in fit["refusal"]:
-            return [*lines, "  the compiler refuses it, and not for want of memory:", *said]
         return [*lines, f"  does not fit: {room(fit)}", *said]
     chip = fit["chip"]
     lines.append(
@@ -82,9 +80,12 @@ def _compiled(fit: Json) -> list[str]:
     bounds = ", ".join(f"{name} {duration(seconds)}" for name, seconds in fit["bounds"].items() if seconds)
     lines.append(
         f"  no step is shorter than {duration(fit['step_seconds'])} ({bounds}); at that, MFU {fit['utilisation']:.0%}"
+        + (" of bfloat16's peak" if fit["matmul"] else "")
     )
+    rounded = chip["eight_bit_flops"].get(fit["matmul"])
+    eight_bit = f"{short(rounded)}op/s in {fit['matmul']}, " if rounded else ""
     lines.append(
-        f"  at peaks of {short(chip['flops'])}FLOP/s, memory {short(chip['memory_bandwidth'])}B/s, links "
+        f"  at peaks of {short(chip['flops'])}FLOP/s, {eight_bit}memory {short(chip['memory_bandwidth'])}B/s, links "
         f"{short(chip['link_bandwidth'])}B/s, network {short(chip['network_bandwidth'])}B/s a device ({chip['source']})"
     )
     cost = ""
@@ -138,8 +139,8 @@ def chip_hours(fit: Json, *, batch: int) -> float:
 
 def room(fit: Json) -> str:
     """What is needed of what there is."""
-    needed = "more" if fit["needed_bytes"] is None else gib(fit["needed_bytes"])
-    return f"{needed} of {gib(fit['limit_bytes'])} GiB"
+    limit = gib(fit["limit_bytes"])
+    return f"more than {limit} GiB" if fit["needed_bytes"] is None else f"{gib(fit['needed_bytes'])} of {limit} GiB"
 
 
 def mesh_text(mesh: Mapping[str, int]) -> str:

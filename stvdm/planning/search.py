@@ -77,7 +77,7 @@ def search(
     num_devices: int,
     num_slices: int = 1,
     ask: Callable[[ConfigDict], Json],
-    flops: Callable[[str], float],
+    arithmetic: Callable[[str], float],
     tries: int = 16,
     say: Callable[[str], None] = lambda text: None,
 ) -> Found:
@@ -89,7 +89,7 @@ def search(
       chip: a row of `CHIPS`.
       num_devices, num_slices: what to spread it over.
       ask: the compiled part of the plan of an edited config.
-      flops: of a whole step under a remat policy.
+      arithmetic: the least seconds of a whole step under a remat policy, on one device.
       tries: programs to compile at most.
       say: is told of each.
 
@@ -104,11 +104,11 @@ def search(
         )
     limit_bytes = chip.memory_gib * 2**30
     state_bytes = STATE_BYTES * sum(outline["parameters"].values())
-    policies = _worthwhile(REMAT[config.kind], flops)
-    least_flops = flops(policies[0])
+    policies = _worthwhile(REMAT[config.kind], arithmetic)
+    least = arithmetic(policies[0])
     meshes = sorted(
         (
-            (_estimate(config, outline, least_flops, chip, mesh, num_slices), i, mesh)
+            (_estimate(config, outline, least, chip, mesh, num_slices), i, mesh)
             for i, mesh in enumerate(possible)
             if state_bytes / (mesh["fsdp"] * mesh["context"] * mesh["tensor"]) <= limit_bytes
         )
@@ -182,10 +182,8 @@ def as_text(found: Found) -> str:
 
 def _row(one: Tried) -> str:
     verdict = "does not fit" if one.seconds is None else f"fits, {duration(one.seconds)}"
-    needed = "too many" if one.needed_bytes is None else gib(one.needed_bytes)
-    return (
-        f"{mesh_text(one.mesh)}; remat {one.rung.remat}, {one.rung.accumulate} micro-batches: {needed} GiB, {verdict}"
-    )
+    needed = "more than there is" if one.needed_bytes is None else f"{gib(one.needed_bytes)} GiB"
+    return f"{mesh_text(one.mesh)}; remat {one.rung.remat}, {one.rung.accumulate} micro-batches: {needed}, {verdict}"
 
 
 def _meshes(config: ConfigDict, outline: Json, num_devices: int, num_slices: int) -> Iterator[dict[str, int]]:
@@ -209,9 +207,9 @@ def _meshes(config: ConfigDict, outline: Json, num_devices: int, num_slices: int
                 yield {"data": rest // fsdp, "fsdp": fsdp, "context": context, "tensor": tensor}
 
 
-def _worthwhile(policies: tuple[str, ...], flops: Callable[[str], float]) -> tuple[str, ...]:
+def _worthwhile(policies: tuple[str, ...], arithmetic: Callable[[str], float]) -> tuple[str, ...]:
     """The policies, without those that compute more again than one of less memory does."""
-    costs = [flops(policy) for policy in policies]
+    costs = [arithmetic(policy) for policy in policies]
     return tuple(policy for i, policy in enumerate(policies) if all(costs[i] <= cost for cost in costs[i + 1 :]))
 
 
@@ -226,7 +224,7 @@ def _ladder(config: ConfigDict, mesh: Mapping[str, int], policies: tuple[str, ..
 
 
 def _estimate(
-    config: ConfigDict, outline: Json, flops: float, chip: Chip, mesh: Mapping[str, int], num_slices: int
+    config: ConfigDict, outline: Json, arithmetic: float, chip: Chip, mesh: Mapping[str, int], num_slices: int
 ) -> float:
     """Seconds of a step that computes nothing again, if nothing of it ran side by side.
 
@@ -246,8 +244,7 @@ def _estimate(
         all_to_all, ring = split_context(mesh["context"], config.model.num_heads // mesh["tensor"])
         crossing = 8 * _share(all_to_all) + 6 * (ring - 1)
         links += config.model.num_layers * stream * (crossing / mesh["tensor"] + 8 * _share(mesh["tensor"]))
-    arithmetic = flops / (math.prod(mesh.values()) * chip.flops)
-    return arithmetic + links / chip.link_bandwidth + between / chip.network_bandwidth
+    return arithmetic / math.prod(mesh.values()) + links / chip.link_bandwidth + between / chip.network_bandwidth
 
 
 def _share(parts: int) -> float:
