@@ -68,7 +68,6 @@ def get_config(variant: str = "1.3b-480p-81f-v5p") -> ConfigDict:
     config.text.width = 512
     config.text.num_layers = 6
     config.text.num_heads = 8
-    config.text.scan_layers = True
     config.text.max_tokens = 128
     config.data.source = "latents"
     config.data.path = "data/latents"

@@ -71,7 +71,6 @@ def dit() -> ConfigDict:
         width=128,  # E
         num_layers=2,
         num_heads=4,
-        scan_layers=False,  # one compiled layer for all: of many, training steps compile in less time
     )
     config.flow = _section(
         path="rectified",  # x_t = (1-t) data + t noise; or 'cosine', variance preserving

@@ -108,7 +108,6 @@ class TextEncoder(nn.Module):
     num_layers: int
     num_heads: int
     max_tokens: int
-    scan_layers: bool = False  # one compiled layer, and weights that are stacked; else they are written out
 
     @nn.compact
     def __call__(self, tokens_BS: jax.Array, mask_BS: jax.Array) -> jax.Array:
@@ -122,18 +121,8 @@ class TextEncoder(nn.Module):
         )
         text_BSE = jnp.asarray(words_VE)[tokens_BS]
         turns = embeddings.rotary_turns(jnp.arange(num_tokens, dtype=jnp.float32)[:, None], E // self.num_heads)
-        if self.scan_layers:
-            layers = nn.scan(
-                lambda block, text_BSE: (block(text_BSE, mask_BS, turns), None),
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                length=self.num_layers,
-                metadata_params={nn.PARTITION_NAME: "layers"},
-            )
-            text_BSE, _ = layers(TextBlock(self.num_heads, name="layers"), text_BSE)
-        else:
-            for layer in range(self.num_layers):
-                text_BSE = TextBlock(self.num_heads, name=f"block_{layer}")(text_BSE, mask_BS, turns)
+        for layer in range(self.num_layers):
+            text_BSE = TextBlock(self.num_heads, name=f"block_{layer}")(text_BSE, mask_BS, turns)
         return _norm("norm")(text_BSE) * mask_BS[..., None]
 
 

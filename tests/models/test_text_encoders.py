@@ -23,30 +23,6 @@ def encoder():
     return jax.jit(lambda tokens, mask: module.apply(params, tokens, mask))
 
 
-def test_layers_that_are_scanned_are_layers_written_out():
-    settings = dict(vocabulary_size=9, width=12, num_layers=3, num_heads=3, max_tokens=6)
-    tokens, mask = np.array([[1, 4, 3, 0], [1, 8, 0, 0]]), np.array([[True] * 3 + [False], [True] * 2 + [False] * 2])
-    apart, scanned = TextEncoder(**settings), TextEncoder(**settings, scan_layers=True)
-    boxed = jax.eval_shape(apart.init, jax.random.key(0), tokens, mask)["params"]
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: rng.normal(0, 0.5, x.shape).astype(np.float32), nn.unbox(boxed))
-    blocks = [params[f"block_{layer}"] for layer in range(3)]
-    stack = lambda trees: jax.tree.map(lambda *leaves: np.stack(leaves), *trees)  # noqa: E731
-    stacked = {name: leaf for name, leaf in params.items() if not name.startswith("block")} | {"layers": stack(blocks)}
-    boxed = jax.eval_shape(scanned.init, jax.random.key(0), tokens, mask)["params"]
-    assert jax.tree.map(jnp.shape, nn.unbox(boxed)) == jax.tree.map(jnp.shape, stacked)
-    assert boxed["layers"]["query"]["kernel"].names == ("layers", "width", "heads")
-
-    def both(encoder, params):
-        read = lambda params: encoder.apply({"params": params}, tokens, mask)  # noqa: E731
-        return jax.jit(lambda params: (read(params), jax.grad(lambda p: jnp.sum(jnp.sin(read(p))))(params)))(params)
-
-    (text, slopes), (again, slopes_again) = both(apart, params), both(scanned, stacked)
-    np.testing.assert_allclose(again, text, atol=1e-5)
-    slopes = stack([slopes[f"block_{layer}"] for layer in range(3)])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), slopes_again["layers"], slopes)
-
-
 def test_words_are_collected_once_in_lower_case_and_sorted():
     assert collect_words(CAPTIONS) == (
         "a", "ball", "blue", "bounces", "left", "moves", "red", "square", "the", "to",
