@@ -126,9 +126,13 @@ def spec(*logical_axes: str | None) -> PartitionSpec:
 
 def num_parts(logical_axis: str) -> int:
     """Into how many parts a dimension with this name is split on the mesh that is set; 1 if there is none."""
-    mesh, entry = jax.sharding.get_abstract_mesh(), _mesh_axes(logical_axis)
+    return num_devices(jax.sharding.get_abstract_mesh(), _mesh_axes(logical_axis))
+
+
+def num_devices(mesh: Any, entry: str | tuple[str, ...] | None) -> int:
+    """Of a mesh along one entry of a PartitionSpec; 1 along axes that it has not."""
     axes = (entry,) if isinstance(entry, str) else entry or ()
-    return 1 if mesh.empty else math.prod(mesh.shape.get(axis, 1) for axis in axes)
+    return math.prod(mesh.shape.get(axis, 1) for axis in axes)
 
 
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
@@ -163,10 +167,9 @@ def shardings(boxed: Any, mesh: Mesh) -> Any:
             return NamedSharding(mesh, PartitionSpec())
         partition, shape = spec(*leaf.names), leaf.value.shape
         for size, entry in zip(shape, partition, strict=True):
-            axes = (entry,) if isinstance(entry, str) else entry or ()
-            parts = math.prod(mesh.shape[axis] for axis in axes)
+            parts = num_devices(mesh, entry)
             if size % parts:
-                over = " x ".join(axes)
+                over = entry if isinstance(entry, str) else " x ".join(entry or ())
                 problems.append(f"{jax.tree_util.keystr(path)} {shape}: {size} does not divide over {over}={parts}")
         return NamedSharding(mesh, partition)
 

@@ -76,11 +76,7 @@ class CausalConv(nn.Module):
         shape = (*self.kernel, x.shape[-1], self.features)
         kernel = self.param("kernel", partitioned(init, None, None, None, None, "channels"), shape)
         bias = self.param("bias", partitioned(self.bias_init, "channels"), (self.features,))
-        sees_neighbours = self.kernel[1:] != (1, 1)
-        split = _split(x, self.stride)
-        x = sharding.constrain(x, *split) if sees_neighbours else x
-        y = _convolve(x, kernel.astype(self.dtype), self.stride)
-        return (sharding.constrain(y, *split) if sees_neighbours else y) + bias.astype(self.dtype)
+        return _convolve(x, kernel.astype(self.dtype), self.stride) + bias.astype(self.dtype)
 
 
 def _split(x: jax.Array, stride: Triple) -> tuple[str | None, ...]:
@@ -103,6 +99,13 @@ def _convolve(x: jax.Array, kernel: jax.Array, stride: Triple) -> jax.Array:
     taps, height, width = kernel.shape[:3]
     if (height, width) == (1, 1):  # along time only: a sum of products over channels
         return _sum(_every(x, i, taps, stride[0]) @ kernel[i, 0, 0] for i in range(taps))
+    split = _split(x, stride)
+    return sharding.constrain(_convolve_space(sharding.constrain(x, *split), kernel, stride), *split)
+
+
+def _convolve_space(x: jax.Array, kernel: jax.Array, stride: Triple) -> jax.Array:
+    """`_convolve` with a kernel that sees neighbours in space."""
+    taps, height, width = kernel.shape[:3]
     if taps == 1:
         return _convolve_frames(x, kernel[0], stride[1])
     if sharding.platform() == "cpu":  # XLA's 3-D convolution is slow there: all taps in one 2-D convolution

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -95,8 +94,8 @@ def attend(
 
     B, N, A, _ = q_BNAd.shape
     batch, tokens, heads, _ = sharding.spec("batch", "tokens", "heads", None)
-    batch = next(batch[:n] or None for n in range(len(batch), -1, -1) if B % _size(mesh, batch[:n]) == 0)
-    num_pieces, num_parts = _size(mesh, tokens), _size(mesh, heads)
+    batch = next(batch[:n] or None for n in range(len(batch), -1, -1) if B % sharding.num_devices(mesh, batch[:n]) == 0)
+    num_pieces, num_parts = sharding.num_devices(mesh, tokens), sharding.num_devices(mesh, heads)
     if A % num_parts:
         raise ValueError(
             f"num_heads={A}: heads are split over the {num_parts} devices of mesh axis {heads!r}; "
@@ -127,11 +126,6 @@ def attend(
 def attend_unsplit(q_BnAd: jax.Array, k_BnAd: jax.Array, v_BnAd: jax.Array) -> jax.Array:
     """out_BnAd where all see all, in plain XLA: its compiler splits it over a mesh like everything around it."""
     return _merged(_Set("xla"), q_BnAd, (k_BnAd, v_BnAd), None, None)
-
-
-def _size(mesh: Any, entry: str | tuple[str, ...] | None) -> int:
-    names = (entry,) if isinstance(entry, str) else entry or ()
-    return math.prod(mesh.shape[name] for name in names)
 
 
 def _attend_local(
