@@ -33,7 +33,7 @@ BETWEEN_SLICES = "between slices"  # the kind of what goes over the network of t
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _TYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "token": 0}
 
-_CALLS = re.compile(r" (?:fusion|call|async-start)\(.*(?:calls|to_apply)=%?([\w.\-]+)")
+_CALLS = re.compile(r" (?:fusion|call|call-start|async-start)\(.*(?:calls|to_apply)=%?([\w.\-]+)")
 _IOTA = r"(?:\[([\d,]+)\]<=)?\[([\d,]+)\](?:T\(([\d,]+)\))?"
 _AXIS = r"'([^']+)'(?::\((\d+)\)(\d+))?"
 
@@ -107,6 +107,8 @@ def _collective(line: str, mesh: Mesh, num_slices: int) -> Counts:
         return {}
     kind, starts = op[2], op[3] is not None
     axes, group = _axes_of(line, mesh)
+    if group == 1:  # what is left of one that the compiler took apart
+        return {}
     whole = sum(_arrays(op[1]))  # of the results; of what starts, of its operands too
     if kind == "all-gather" and starts:
         whole *= group / (group + 1)

@@ -47,7 +47,7 @@ from stvdm.sampling import pipeline
 from stvdm.train import autoencoder as train_autoencoder
 from stvdm.train import dit as train_dit
 from stvdm.train import state as state_lib
-from stvdm.train.compiler_flags import COMPILER_FLAGS
+from stvdm.train.compiler_flags import COMPILER_FLAGS, QUICK_FLAGS
 from stvdm.train.state import Program
 
 Tree = Any
@@ -263,7 +263,8 @@ def compiled(config: ConfigDict, coder: Autoencoder, where: Topology, plan: Outl
         out = jax.tree.map(lambda leaf: leaf.sharding, arguments[0])
         lowered = jax.jit(program.step, donate_argnums=0, out_shardings=(out, None)).lower(*arguments)
         try:
-            program_here = lowered.compile(compiler_options={**COMPILER_FLAGS[where.chip]})
+            more = QUICK_FLAGS.get(where.chip, {}) if quick else {}
+            program_here = lowered.compile(compiler_options={**COMPILER_FLAGS[where.chip], **more})
         except jax.errors.JaxRuntimeError as error:
             return dataclasses.replace(fit, **spent(), **refused(str(error)))
     memory: Any = program_here.memory_analysis()

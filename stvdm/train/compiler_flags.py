@@ -53,6 +53,15 @@ COMPILER_FLAGS: dict[str, dict[str, str]] = {
     "tpu7x": {**_WHOLE_GATHERS, **_OVERLAP_GRADIENTS, **_OVERLAP_RING},
 }
 
+# What is added where the compiler is to make little effort: it then ends with a failed check (in the
+# offload_collective_strategies.cc of libtpu 0.0.42) if SparseCores gather and sum.
+QUICK_FLAGS: dict[str, dict[str, str]] = {
+    "tpu7x": {
+        f"xla_tpu_enable_sparse_core_collective_offload_{kind}": "false"
+        for kind in ("all_gather", "all_reduce", "reduce_scatter")
+    }
+}
+
 
 def libtpu_init_args(chip: str, given: str = "") -> str:
     """The value of LIBTPU_INIT_ARGS for a chip; flags that are ``given`` already come last, and so win.

@@ -198,6 +198,30 @@ def test_a_gather_in_pieces_is_one_gather():
     assert (alone.kind, alone.num, alone.bytes) == ("all-gather", 1, 0.75 * 64)
 
 
+def test_what_a_sparse_core_gathers_beside_the_arithmetic_is_counted():
+    """As the compiler for tpu7x writes it."""
+    groups = "replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, dimensions={0}"
+    body = (
+        "%called_computation.77 (p0: bf16[1,4], p1: token[]) -> bf16[4,4] {\n"
+        f"  ROOT %all-gather.609 = bf16[4,4]{{1,0:T(2,128)(2,1)}} all-gather(%p0), channel_id=94, {groups}\n"
+        '}, execution_thread="sparsecore"\n\n'
+    )
+    lines = (
+        '%prepare_start = s32[]{:S(2)} custom-call(), custom_call_target="PrepareAsyncCallStart"',
+        "%g.call-start = ((bf16[1,4]{1,0:T(2,128)(2,1)}, token[]), bf16[4,4]{1,0:T(2,128)(2,1)}) call-start("
+        '%p, %prepare_done), async_execution_thread="sparsecore", to_apply=%called_computation.77',
+        "%done = bf16[4,4]{1,0:T(2,128)(2,1)} call-done(%g.call-start)",
+    )
+    (found,) = collective("\n  ".join(lines), body)
+    assert found == ("all-gather", ("fsdp",), 1, 0.75 * 4 * 4 * 2, True)
+
+
+def test_a_device_alone_sends_nothing():
+    assert (
+        collective("%x = f32[4] all-reduce(%p), replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}, to_apply=%add") == []
+    )
+
+
 def test_groups_told_in_an_unknown_way_are_refused():
     with pytest.raises(ValueError, match="not known here"):
         collective("%x = f32[16] all-reduce(%a), replica_groups=tuples(8)")

@@ -238,6 +238,17 @@ def test_the_real_step_compiles_for_a_slice():
 
 @pytest.mark.slow
 @tpu_compiler
+def test_little_effort_for_a_chip_with_sparse_cores_which_then_stand_by():
+    config = small_dit()
+    config.mesh.fsdp = 8
+    config.data.buckets = ((8, 32, 32, 16, 1.0),)
+    where = chips.topology("tpu7x:2x2x1")
+    fit = plan.compiled(config, CODER, where, plan.outline(config, CODER), quick=True)
+    assert fit.quick and fit.fits and any("gather" in collective.kind for collective in fit.collectives)
+
+
+@pytest.mark.slow
+@tpu_compiler
 @pytest.mark.parametrize(("kind", "topology"), [("int8", "v5p:2x2x1"), ("fp8", "tpu7x:2x2x1")])
 def test_products_in_eight_bits_compile_for_a_slice(kind, topology):
     where = chips.topology(topology)

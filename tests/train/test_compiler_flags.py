@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from stvdm.planning.chips import CHIPS
-from stvdm.train.compiler_flags import COMPILER_FLAGS, libtpu_init_args
+from stvdm.train.compiler_flags import COMPILER_FLAGS, QUICK_FLAGS, libtpu_init_args
 
 SMALLEST = {"v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2", "tpu7x": "2x2x1"}
 
@@ -65,9 +65,10 @@ needs_libtpu = pytest.mark.skipif(
 @needs_libtpu
 @pytest.mark.parametrize("chip", COMPILER_FLAGS)
 def test_the_compiler_knows_every_flag_and_takes_its_value(chip):
-    run = check(chip, COMPILER_FLAGS[chip], libtpu_init_args(chip))
+    flags = {**COMPILER_FLAGS[chip], **QUICK_FLAGS.get(chip, {})}
+    run = check(chip, flags, libtpu_init_args(chip))
     assert run.returncode == 0, run.stderr[-2000:]
-    assert run.stdout.splitlines() == [f"known {flag}" for flag in COMPILER_FLAGS[chip]]
+    assert run.stdout.splitlines() == [f"known {flag}" for flag in flags]
 
 
 @pytest.mark.slow
