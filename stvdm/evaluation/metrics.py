@@ -10,6 +10,8 @@ Each docstring says what its number cannot see.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,6 +85,31 @@ def excess_flicker(decoded_BTHWC: jax.Array, video_BTHWC: jax.Array) -> jax.Arra
         jnp.mean(jnp.square(_differences(clip)), axis=(1, 2, 3, 4)) for clip in (decoded_BTHWC, video_BTHWC)
     )
     return decoded - video
+
+
+def latent_flicker(
+    encode: Callable[[np.ndarray], jax.Array], video_BTHWC: np.ndarray, *, levels: float = 4.0, seed: int = 0
+) -> np.ndarray:
+    """How far noise on the pixels moves the latent of each clip: root mean square, in units of the latent; (B,).
+
+        rms(encode(video + noise) - encode(video + other noise)) / √2,       noise of deviation ``levels`` of 255
+
+    Noise is new in every frame, as a camera's is, so what it moves is what flickers. Of normalised latents the unit is
+    their deviation, which makes encoders comparable. Cannot see: flicker that motion causes, of a shape that crosses
+    the grid of the latent; nor what a decoder makes of it.
+
+    Args:
+      encode: uint8 video_BTHWC -> latent_Bthwz.
+      video_BTHWC: uint8.
+    """
+    rng = np.random.default_rng(seed)
+
+    def noisy() -> np.ndarray:
+        noise = rng.normal(0.0, levels, video_BTHWC.shape)
+        return np.clip(np.round(video_BTHWC + noise), 0, 255).astype(np.uint8)
+
+    one, other = (np.asarray(encode(noisy()), np.float64) for _ in range(2))
+    return np.sqrt(np.square(one - other).mean(axis=(1, 2, 3, 4)) / 2)
 
 
 _WINDOW = 11

@@ -81,6 +81,14 @@ def test_excess_flicker_is_zero_for_motion_and_twice_the_variance_for_noise():
     assert metrics.excess_flicker(still, clip) < -0.1  # motion lost
 
 
+def test_latent_flicker_is_the_noise_that_an_encoder_lets_through():
+    video = np.full((2, 16, 12, 12, 3), 128, np.uint8)
+    each_frame = metrics.latent_flicker(lambda clip: jnp.asarray(clip, jnp.float32), video, levels=4.0)
+    np.testing.assert_allclose(each_frame, 4.0, rtol=0.03)  # the noise itself (and a little rounding)
+    four_at_once = metrics.latent_flicker(lambda clip: clip.reshape(2, 4, 4, 12, 12, 3).mean(2), video, levels=4.0)
+    np.testing.assert_allclose(four_at_once, 2.0, rtol=0.05)
+
+
 def test_they_can_be_jitted_and_refuse_what_they_cannot_measure():
     score = jax.jit(lambda a, b: metrics.psnr(a, b, data_range=2.0) + metrics.ssim(a, b, data_range=2.0))
     assert jnp.isfinite(score(random_clips(), random_clips(1))).all()

@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """The evaluation as a whole: its columns, its conditions, and what it refuses to report."""
 
+import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from stvdm import checkpoint
+from stvdm.data.kinetic_scene import render
+from stvdm.data.kinetic_shapes import World, sample_scene
 from stvdm.evaluation import physics, run
+from stvdm.sampling.pipeline import Pipeline
 
 
 @pytest.fixture
 def kinetic_model(tiny_model, tmp_path):
     """The tiny model with the whole vocabulary of kinetic shapes (its embedding grows; the new words are random)."""
-    from stvdm.data.kinetic_shapes import sample_scene
     from stvdm.models.text_encoders import collect_words
 
     params, description = checkpoint.load_model(tiny_model)
@@ -57,8 +61,6 @@ def test_an_item_that_real_clips_fail_is_not_reported():
 
 
 def test_prompts_do_not_change_with_their_number():
-    from stvdm.data.kinetic_shapes import sample_scene
-
     few = [sample_scene(0, i, split="test").caption for i in range(3)]
     assert few == [sample_scene(0, i, split="test").caption for i in range(9)][:3]
 
@@ -70,3 +72,36 @@ def test_reconstruction_measures_what_they_say():
     assert same["ssim"] == pytest.approx(1, abs=1e-5)
     noisy = np.clip(video.astype(int) + 20 * (-1) ** np.arange(5)[None, :, None, None, None], 0, 255).astype(np.uint8)
     assert run.reconstruction(noisy, video)["psnr_db"] < 25
+
+
+def test_a_model_is_held_against_the_scenes_that_were_asked_for(kinetic_model):
+    loaded = Pipeline.load(kinetic_model)
+    sideways = {"motions": ("left", "right"), "motion_weights": (1.0, 1.0), "num_things": (1.0,), "duration": 1.0}
+    held = run.hold_out(loaded, num=4, num_frames=9, world=sideways, batch=3)
+    assert {thing.motion for scene in held.scenes for thing in scene.things} <= {"left", "right"}
+    assert held.real.shape == (4, 9, 16, 16, 3)
+    assert held.latents.shape == (4, 5, 4, 4, 4)
+    assert held.columns["chance"].keys() == set(run.OF_THE_PROMPT)
+    assert held.reconstruction["latent_flicker"] > 0
+
+
+def test_chance_is_what_real_clips_of_other_prompts_score():
+    scenes = [sample_scene(0, index, split="test") for index in range(24)]
+    real = np.stack([render(scene, 17, 64, 64, 8.0) for scene in scenes])
+    asked = physics.summarise(run.score_each(real, scenes, fps=8.0, world=World()))
+    others = physics.summarise(run.score_each(np.roll(real, 1, axis=0), scenes, fps=8.0, world=World()))
+    assert asked["colour"].mean > 0.95
+    assert others["colour"].mean < 0.5 and others["all_right"].mean < 0.2
+
+
+def test_the_loss_of_a_model_that_says_nothing_is_that_of_the_noise(kinetic_model):
+    loaded = Pipeline.load(kinetic_model)
+    params = dict(loaded.params["dit"])
+    params["head"] = jax.tree.map(np.zeros_like, params["head"])
+    silent = dataclasses.replace(loaded, params={**loaded.params, "dit": params})
+    latents = np.random.default_rng(0).normal(size=(5, 3, 4, 4, 4)).astype(np.float32)
+    prompts = ["a red ball"] * 5
+    loss = run.flow_loss(silent, latents, prompts, batch=5)
+    assert loss == pytest.approx(1 + np.square(latents).mean(), rel=0.1)  # (noise - data)², of independent two
+    assert run.flow_loss(silent, latents, prompts, batch=2) == pytest.approx(loss, rel=1e-4)
+    assert run.flow_loss(silent, latents, prompts, batch=5, seed=1) != pytest.approx(loss, rel=1e-4)
