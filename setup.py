@@ -41,9 +41,11 @@ setup(
         "tensorflow-datasets>=4.9.9",  # needs no TensorFlow here
     ],
     extras_require={
+        "ablate": ["matplotlib>=3.9"],
         "tpu": ["jax[tpu]>=0.10.2,<0.13", "gcsfs"],
         "cuda": ["jax[cuda12]>=0.10.2,<0.13"],
         "test": [
+            "matplotlib>=3.9",
             "mypy>=1.15",
             "pytest>=8",
             "pytest-xdist>=3.6",

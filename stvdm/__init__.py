@@ -27,6 +27,7 @@ _MODULES = (
     "sampling",
     "evaluation",
     "train",
+    "ablations",
 )
 _NAMES = {  # public name -> the module it lives in
     "Pipeline": "stvdm.sampling.pipeline",

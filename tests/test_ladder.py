@@ -64,7 +64,14 @@ LADDER = """
     planning.plan
     planning.search
     planning.planner
-    ablations
+    ablations.edits
+    ablations.questions
+    ablations.cost
+    ablations.results
+    ablations.verdicts
+    ablations.shelf
+    ablations.cells
+    ablations.report
     demo
     cli
 """.split()

@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the cells of an ablation: trains what a variant's config says with one seed, evaluates it, keeps the result.
+
+    stvdm ablate attention --size=tiny                     # the grid, seed by seed
+    stvdm ablate attention --size=tiny --cell=full:0       # one cell
+
+A cell is: its config; its autoencoder, trained where the question asks for that, else the one of the base; latents;
+training; evaluation in each way of sampling. `stvdm.ablations.shelf` keeps what several cells, or questions, share.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from stvdm.ablations import cost, results
+from stvdm.ablations import shelf as shelves
+from stvdm.ablations.edits import Run
+from stvdm.ablations.questions import Question, Sampling
+from stvdm.ablations.shelf import SEED, WITHOUT_EFFECT, Say, digest_of, flat, made_once, under, versions
+from stvdm.data.kinetic_shapes import World
+from stvdm.data.video import contact_sheet
+from stvdm.evaluation import run as evaluation
+from stvdm.sampling import pipeline
+from stvdm.sampling.pipeline import Pipeline
+from stvdm.train import autoencoder as train_autoencoder
+from stvdm.train import dit as train_dit
+from stvdm.train import telemetry
+
+
+def main(
+    question: Question,
+    bases: Run,
+    *,
+    size: str,
+    num_seeds: int = 3,
+    cell: str | None = None,
+    num: int = 256,
+    batch: int = 32,
+    workdir: epath.PathLike = "runs/ablations",
+    folder: epath.PathLike = "results/ablations",
+    mixed: bool = False,
+    options: Sequence[str] = (),
+    say: Say = lambda text: print(text, file=sys.stderr, flush=True),
+) -> epath.Path:
+    """Runs the cells that have no result yet; returns the folder of the results.
+
+    Args:
+      bases: what the edits start from.
+      size: a name for the bases, under which results are kept.
+      num_seeds: seeds 0 to num_seeds - 1.
+      cell: "VARIANT:SEED", to run that one alone.
+      num, batch: clips of an evaluation, in all and at once.
+      workdir: of trainings and latents.
+      folder: of the results of all questions.
+      mixed: whether results may be there that were made under other conditions.
+      options: words to repeat in the command that a result names.
+
+    Raises:
+      ValueError: for an unknown cell, or results under other conditions.
+    """
+    target = epath.Path(folder) / question.name / size
+    wanted = [parse(question, cell)] if cell else grid(question, num_seeds)
+    expected = conditions(question, bases, size=size, num=num, batch=batch)
+    if not mixed:
+        results.check(results.read(target), expected=expected)
+    for number, (variant, seed) in enumerate(wanted, start=1):
+        name = f"{question.name} {variant}:{seed} ({number} of {len(wanted)})"
+        if results.file_of(target, variant, seed).exists():
+            say(f"{name}: done before")
+            continue
+        say(f"{name}: starts")
+        measured, sheet = run_cell(question, bases, variant, seed, num=num, batch=batch, workdir=workdir, say=say)
+        words = ["stvdm", "ablate", question.name, f"--size={size}", f"--cell={variant}:{seed}", *options]
+        if jax.process_index() == 0:
+            result = {"question": question.name, "size": size, "variant": variant, "seed": seed}
+            results.write(target, {**result, **measured, "conditions": expected, "command": shlex.join(words)})
+            if sheet is not None and seed == 0:
+                (target / f"{variant}.png").write_bytes(sheet)
+    return target
+
+
+def grid(question: Question, num_seeds: int) -> list[tuple[str, int]]:
+    """All cells, seed by seed, so that a grid that is cut short has whole rows."""
+    return [(variant, seed) for seed in range(num_seeds) for variant in question.variants]
+
+
+def parse(question: Question, cell: str) -> tuple[str, int]:
+    """("full", 0) of "full:0"."""
+    variant, _, seed = cell.partition(":")
+    if variant not in question.variants or not seed.isdecimal():
+        raise ValueError(
+            f"--cell={cell}: expected VARIANT:SEED, one of {', '.join(question.variants)} and a whole number, "
+            f"e.g. {next(iter(question.variants))}:0"
+        )
+    return variant, int(seed)
+
+
+def prepared(question: Question, bases: Run, variant: str, seed: int) -> Run:
+    """Copies of the bases as a variant edits them, with the seed."""
+    run = Run(*(config.copy_and_resolve_references() for config in bases))
+    question.variants[variant](run)
+    for config in run:
+        config.seed = seed
+    return run
+
+
+def run_cell(
+    question: Question,
+    bases: Run,
+    variant: str,
+    seed: int,
+    *,
+    num: int,
+    batch: int,
+    workdir: epath.PathLike,
+    say: Say,
+) -> tuple[dict[str, Any], bytes | None]:
+    """Trains and evaluates; returns what is measured, and a picture of the first clips (PNG). Writes to ``workdir``."""
+    shelf = epath.Path(workdir).expanduser()
+    run = prepared(question, bases, variant, seed)
+    curves: dict[str, list[list[float]]] = {}
+    seconds: dict[str, float] = {}
+
+    # Autoencoder.
+    if question.trains_autoencoder:
+        made = made_once(train_autoencoder.main, run.autoencoder, shelf, [], say)
+        run.dit.autoencoder = str(made)
+        records = telemetry.read_metrics(made)
+        curves["held-out PSNR of the autoencoder, dB"] = curve(records, "eval/psnr")
+        seconds["autoencoder"] = seconds_of(records)
+    params, description = train_dit.load_autoencoder(run.dit.autoencoder)
+    coder, digest = pipeline.autoencoder_of(description["autoencoder"]), digest_of(params)
+
+    # Budget.
+    flops = cost.training_flops(run.dit, coder)
+    if question.budget == "flops":
+        run.dit.total_steps = round(bases.dit.total_steps * cost.training_flops(bases.dit, coder) / flops)
+
+    # Latents and training.
+    latents = shelves.folder_of_latents(run.dit, digest, shelf) if run.dit.data.source == "latents" else None
+    if latents is not None:
+        run.dit.data.path, run.dit.data.validation_path = str(latents / "train"), str(latents / "validation")
+
+    def train(config: ConfigDict, folder: epath.PathLike) -> None:
+        if latents is not None:
+            shelves.encode_clips(config, coder, params, latents, say)
+        train_dit.main(config, folder)
+
+    measured: dict[str, Any] = {
+        "edit": edit_of(bases, run, with_autoencoder=question.trains_autoencoder),
+        "curves": curves,
+        "samplings": {},
+    }
+    try:
+        made = made_once(train, run.dit, shelf, [digest, latents.name if latents is not None else ""], say)
+    except FloatingPointError as error:
+        return {**measured, "cost": {"seconds": seconds}, "diverged": str(error)}, None
+    if question.trains_autoencoder and latents is not None and latents.exists():
+        latents.rmtree()  # of this cell alone, and large
+    records = telemetry.read_metrics(made)
+    curves["training error of the velocity"] = curve(records, "velocity_mse")
+    curves["held-out error of the velocity"] = curve(records, "eval/velocity_mse")
+    seconds["training"] = seconds_of(records)
+
+    # Evaluation.
+    loaded = Pipeline.load(made)
+    measured["cost"] = {
+        "seconds": seconds,
+        "parameters": {name: size_of(loaded.params[name]) for name in ("dit", "text", "autoencoder")},
+        "tokens": int(np.prod(cost.grid_of(run.dit, coder, loaded.default_shape))),
+        "flops_per_step": flops,
+        "steps": run.dit.total_steps,
+    }
+    measured["model_sha256"] = loaded.digest
+    began = time.monotonic()
+    measured["samplings"], sheet = sampled(question, loaded, run.dit, num=num, batch=batch, say=say)
+    seconds["evaluation"] = time.monotonic() - began
+    jax.clear_caches()  # hundreds of compiled programs, in a grid
+    return measured, sheet
+
+
+def sampled(
+    question: Question, loaded: Pipeline, config: ConfigDict, *, num: int, batch: int, say: Say
+) -> tuple[dict[str, Any], bytes]:
+    """Way of sampling -> its scores, and a picture of clips of the first."""
+    found: dict[str, Any] = {}
+    held: dict[str, evaluation.HeldOut] = {}  # ways of sampling that ask for the same clips share them
+    sheet = b""
+    for name, sampling in question.samplings.items():
+        say(f"  sampling {num} clips: {name}")
+        asked = clips_asked_for(loaded, sampling)
+        key = json.dumps(asked, sort_keys=True)
+        if key not in held:
+            held[key] = evaluation.hold_out(loaded, num=num, seed=SEED, batch=batch, **asked)
+        report, result = evaluation.measure(
+            loaded,
+            held[key],
+            steps=config.sample.steps if sampling.steps is None else sampling.steps,
+            guidance=config.sample.guidance if sampling.guidance is None else sampling.guidance,
+            sampler=config.sample.sampler,
+            batch=batch,
+        )
+        found[name] = scores_of(report)
+        if not sheet:
+            opened = io.BytesIO()
+            shown = contact_sheet(list(result.videos[:4]), result.prompts[:4], num_frames=6, min_side=64)
+            shown.save(opened, "PNG", optimize=True)
+            sheet = opened.getvalue()
+    return found, sheet
+
+
+def clips_asked_for(loaded: Pipeline, sampling: Sampling) -> dict[str, Any]:
+    """The length and the world of `evaluation.hold_out` that a way of sampling means."""
+    T, times = loaded.default_shape[0], sampling.times_length
+    world = dict(sampling.world)
+    if times == 1:
+        return {"num_frames": T, "world": world}
+    plan = World(**dict(loaded.settings["data"]["world"]))
+    apart = 1 if loaded.autoencoder.grouping == "causal" else 0  # the first frame, which stands alone
+    return {"num_frames": apart + times * (T - apart), "world": {**world, "duration": times * plan.duration}}
+
+
+def scores_of(report: Mapping[str, Any]) -> dict[str, Any]:
+    """A report of `evaluation.measure` as numbers: "scores" of the model and, of the same scenes, of its "references".
+
+    Scores are the items of `physics`, and: frame_change, the mean change from frame to frame in values of [-1, 1];
+    flow_loss; and of the autoencoder psnr_db, ssim, excess_flicker and latent_flicker.
+    """
+    columns: dict[str, dict[str, float]] = {name: {} for name in ("generated", "reconstructed", "real", "chance")}
+    hidden = {}
+    for item, cells in report["items"].items():
+        if "not_reported" in cells:
+            hidden[item] = cells["not_reported"]
+            continue
+        for name, row in cells.items():
+            columns[name][item] = row["mean"]
+    for name, value in report["flicker"].items():
+        columns[name]["frame_change"] = value
+    columns["generated"] |= {"flow_loss": report["flow_loss"], **report["reconstruction"]}
+    return {"scores": columns.pop("generated"), "references": columns, "not_reported": hidden}
+
+
+# --- what it is a result of ------------------------------------------------------------------------------------------
+
+
+def conditions(question: Question, bases: Run, *, size: str, num: int, batch: int) -> dict[str, Any]:
+    """What must be equal in all cells of a grid, as a flat mapping."""
+    found = {
+        "size": size,
+        "budget": question.budget,
+        "evaluation.prompts": f"kinetic shapes, test split, seed {SEED}, {num} scenes",
+        "evaluation.batch": batch,
+        **{f"versions.{name}": version for name, version in versions().items()},
+        "device": jax.devices()[0].device_kind,
+        **{f"samplings.{name}": dataclasses.asdict(sampling) for name, sampling in question.samplings.items()},
+        **of_config(bases.dit, "dit"),
+    }
+    if question.trains_autoencoder:
+        return {**found, **of_config(bases.autoencoder, "autoencoder")}
+    return {**found, "autoencoder_sha256": digest_of(train_dit.load_autoencoder(bases.dit.autoencoder)[0])}
+
+
+def edit_of(bases: Run, run: Run, *, with_autoencoder: bool) -> dict[str, Any]:
+    """The keys that a variant changed, with their new values."""
+    names = ("dit", "autoencoder") if with_autoencoder else ("dit",)
+    before, after = (
+        {key: value for name in names for key, value in of_config(getattr(configs, name), name).items()}
+        for configs in (bases, run)
+    )
+    return {key: value for key, value in after.items() if value != before[key]}
+
+
+def of_config(config: ConfigDict, prefix: str) -> dict[str, Any]:
+    """The keys of a config that have a say in the result, as "prefix.key"."""
+    return {f"{prefix}.{key}": value for key, value in flat(config).items() if not under(key, WITHOUT_EFFECT)}
+
+
+# --- what it cost ----------------------------------------------------------------------------------------------------
+
+
+def size_of(params: Any) -> int:
+    return sum(int(np.size(leaf)) for leaf in jax.tree.leaves(params))
+
+
+def curve(records: Sequence[Mapping[str, Any]], name: str, most: int = 40) -> list[list[float]]:
+    """[[step, value], ...] of a metric, thinned to about so many points; the last is kept."""
+    points = [[one["step"], one[name]] for one in records if one.get(name) is not None]
+    every = max(1, len(points) // most)
+    return points[::-1][::every][::-1]
+
+
+def seconds_of(records: Sequence[Mapping[str, Any]]) -> float:
+    """What a training took, over all its restarts."""
+    return sum(value for one in records for key, value in one.items() if key.startswith("seconds/"))

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results of ablations on disk: a small JSON file for each cell, and what makes several of them one table.
+
+    results/ablations/NAME/SIZE/VARIANT-SEED.json
+
+A result holds the scores, what they cost, the command, and two groups of keys that say what it is a result of:
+
+    conditions    equal in all cells of a grid: the base config, prompts, ways of sampling, versions, device
+    edit          what the variant changed, equal in all cells of the variant
+
+Files are written whole or not at all.
+
+    write(folder, result);  results = read(folder);  check(results)
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+Result = dict[str, Any]
+
+
+def file_of(folder: epath.PathLike, variant: str, seed: int) -> epath.Path:
+    return epath.Path(folder) / f"{variant}-{seed}.json"
+
+
+def write(folder: epath.PathLike, result: Result) -> None:
+    """Write the result of one cell; numbers keep six digits."""
+    path = file_of(folder, result["variant"], result["seed"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.parent / f"{path.name}.partial"
+    partial.write_text(json.dumps(_rounded(result), indent=1) + "\n")
+    partial.replace(path)
+
+
+def read(folder: epath.PathLike) -> list[Result]:
+    """All results in a folder, ordered by variant and seed; none if there is no folder."""
+    source = epath.Path(folder)
+    paths = source.glob("*-*.json") if source.exists() else ()
+    return sorted((json.loads(path.read_text()) for path in paths), key=lambda one: (one["variant"], one["seed"]))
+
+
+def check(results: Sequence[Result], *, expected: Mapping[str, Any] | None = None) -> None:
+    """Refuses results that were not made under the same conditions.
+
+    Args:
+      expected: the conditions that all should have; None: those that most of them have.
+
+    Raises:
+      ValueError: naming each file that differs, and in which keys.
+    """
+    found = list(differences(results, expected=expected))
+    if found:
+        raise ValueError(
+            "these results were made under other conditions, and make no table with the rest:\n"
+            + "\n".join(f"  {line}" for line in found)
+            + "\nso delete those files and run their cells again, or look at all of them together with --mixed"
+        )
+
+
+def differences(results: Sequence[Result], *, expected: Mapping[str, Any] | None = None) -> Iterator[str]:
+    """A line for each result whose conditions are not as expected, or whose edit is not that of its variant."""
+    if expected is None:
+        expected = _commonest(result["conditions"] for result in results)
+    by_variant = collections.defaultdict(list)
+    for result in results:
+        by_variant[result["variant"]].append(result["edit"])
+    edits = {variant: _commonest(found) for variant, found in by_variant.items()}
+    for result in results:
+        keys = [*_differing(result["conditions"], expected), *_differing(result["edit"], edits[result["variant"]])]
+        if keys:
+            yield f"{result['variant']}-{result['seed']}.json: {'; '.join(keys)}"
+
+
+def _differing(got: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[str]:
+    for key in sorted({*got, *expected}):
+        ours, theirs = (_plain(side[key]) if key in side else "nothing" for side in (got, expected))
+        if ours != theirs:
+            yield f"{key}={ours}, expected {theirs}"
+
+
+def _commonest(mappings: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:
+    texts = collections.Counter(json.dumps(mapping, sort_keys=True) for mapping in mappings)
+    return json.loads(texts.most_common(1)[0][0]) if texts else {}
+
+
+def _plain(value: Any) -> str:
+    """As it reads after a round trip through the file, so that tuples are lists."""
+    return json.dumps(_rounded(value), sort_keys=True)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, Mapping):
+        return {key: _rounded(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(one) for one in value]
+    return value

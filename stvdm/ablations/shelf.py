@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What takes long in an ablation, made once: trainings and latents, in folders named by the digest of what they are of.
+
+    KIND-DIGEST/        a training: of its config, seed, versions and whatever else is handed in
+    latents-DIGEST/     of the autoencoder's weights, the rendered world, the clips' shapes
+
+However many cells, questions or ways of sampling use it: it is made by one process, one at a time, and goes on where it
+stopped. Code is not in the digest: after a change of a model or a trainer, delete the shelf.
+
+    made = made_once(train_dit.main, config, shelf, [digest], say)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from flax import traverse_util
+from ml_collections import ConfigDict
+
+import stvdm
+from stvdm import checkpoint, preprocess
+from stvdm.data import loader
+from stvdm.data.kinetic_shapes import Split
+from stvdm.models.autoencoder3d import Autoencoder
+from stvdm.sampling.pipeline import to_model_range
+
+Say = Callable[[str], None]
+SEED = 0  # of what all cells share: the clips behind the latents, and the prompts and noise of the evaluation
+NUM_VALIDATION = 1024  # clips behind the held-out latents, at most
+WITHOUT_EFFECT = (  # keys of a config that change how a run is watched, placed or fed, and not what comes of it
+    *("seed", "autoencoder", "data.path", "data.validation_path", "data.num_workers", "mesh", "sample.previews"),
+    *("log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints", "profile"),
+)
+OF_SAMPLING = ("sample.steps", "sample.guidance", "sample.sampler")  # are given anew whenever a model is sampled
+
+
+def made_once(
+    train: Callable[[ConfigDict, epath.PathLike], None],
+    config: ConfigDict,
+    shelf: epath.Path,
+    identity: Sequence[Any],
+    say: Say,
+) -> epath.Path:
+    """The folder of the finished training with this config; trains, or goes on, if it is not there."""
+    decisive = {key: value for key, value in flat(config).items() if not under(key, (*WITHOUT_EFFECT, *OF_SAMPLING))}
+    name = f"{config.kind}-{short_digest(decisive, config.seed, versions(), *identity)}"
+    with alone(shelf / name, say) as made:
+        if not (made / "model" / checkpoint.DESCRIPTION).exists():
+            say(f"  training {config.kind} in {made}")
+            train(config, made)
+            if jax.process_index() == 0 and (made / "checkpoints").exists():
+                (made / "checkpoints").rmtree()  # the model is exported, and there are many trainings
+    return made
+
+
+def folder_of_latents(config: ConfigDict, digest: str, shelf: epath.Path) -> epath.Path:
+    """Where latents lie that an autoencoder with this digest makes of the clips of a DiT's config."""
+    data = config.data
+    clips = [list(bucket[:3]) for bucket in data.buckets]
+    return shelf / f"latents-{short_digest(digest, dict(data.world), data.num_clips, data.fps, clips)}"
+
+
+def encode_clips(config: ConfigDict, coder: Autoencoder, params: Any, folder: epath.Path, say: Say) -> None:
+    """Latents of rendered clips, to train on in ``folder/train`` and held out in ``folder/validation``.
+
+    Raises:
+      ValueError: in a job of several processes, which would all write them.
+    """
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"data.source='latents' in {jax.process_count()} processes: expected one to encode them, so use "
+            "--config.data.source=kinetic_shapes, which encodes in the step"
+        )
+    data = config.data.copy_and_resolve_references()
+    data.source, data.path, data.validation_path = "kinetic_shapes", "", ""
+    encode = jax.jit(lambda params, video: coder.apply({"params": params}, to_model_range(video), method="encode")[0])
+    splits: tuple[Split, ...] = ("train", "validation")
+    with alone(folder, say):
+        for split in splits:
+            if split == "validation":
+                data.num_clips = min(data.num_clips, NUM_VALIDATION)
+            if not (folder / split / "metadata.json").exists():
+                say(f"  encoding the {data.num_clips} clips of {folder / split}")
+                preprocess.preprocess(
+                    lambda video: encode(params["autoencoder"], video),
+                    loader.configured_source(data, seed=SEED, split=split),
+                    folder / split,
+                    buckets=data.buckets,
+                    seed=SEED,
+                    batch_size=32,
+                )
+
+
+@contextlib.contextmanager
+def alone(folder: epath.Path, say: Say) -> Iterator[epath.Path]:
+    """The folder, held against other processes of this machine; in an object store nobody is held off."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if "://" in str(folder):
+        yield folder
+        return
+    import fcntl
+
+    with open(folder / "lock", "w") as lock:  # let go of by the system when the process ends, however it ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"  waiting for another process, which is making {folder}")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder
+
+
+def flat(config: ConfigDict) -> dict[str, Any]:
+    """A config as one level: its keys are "section.key"."""
+    return traverse_util.flatten_dict(config.to_dict(), sep=".")
+
+
+def under(key: str, names: Sequence[str]) -> bool:
+    """Whether a flat key is one of the names, or lies in a section of that name."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def versions() -> dict[str, str]:
+    return {"stvdm": stvdm.__version__, "jax": jax.__version__}
+
+
+def digest_of(params: Any) -> str:
+    """sha256 of the arrays of nested dicts."""
+    digest = hashlib.sha256()
+    for name, leaf in sorted(traverse_util.flatten_dict(params, sep="/").items()):
+        digest.update(f"{name} {leaf.dtype} {leaf.shape}".encode())
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def short_digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]

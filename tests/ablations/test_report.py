@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A report is made of results alone, and says what they show, what they cost and how to get them."""
+
+import sys
+
+import pytest
+
+from stvdm.ablations import questions, report, results
+
+
+def row(text, start):
+    """The cells of the table row that begins with that name."""
+    (line,) = (line for line in text.splitlines() if line.startswith(f"| {start} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_report_has_verdicts_scores_and_costs(question, grid):
+    text = report.as_markdown(question, grid, sheets=["full"])
+    assert row(text, "**confirmed**")[1:3] == ["it holds together", "full above frame in persistence"]
+    assert row(text, "**undecided**")[2] == "full@diagonal below frame@diagonal in flicker"
+    assert row(text, "full@default") == ["full@default", "3", "0.67 [0.595, 0.745]", "0.65 [0.402, 0.898]"]
+    assert row(text, "full@diagonal")[2].startswith("0.77 [")
+    assert row(text, "*real clips* @default") == ["*real clips* @default", "", "1", ""]
+    assert row(text, "*through the autoencoder* @diagonal")[2] == "0.9"
+    assert "*chance* @default" in text
+    assert row(text, "full") == ["full", "1 M", "80", "20", "2 G", "40 G", "1.5"]
+    assert "Held equal: optimiser steps, 20." in text
+    assert "![full](full.png)" in text and "![frame](frame.png)" not in text
+    assert "stvdm ablate attention --size=tiny --num=8 --seeds=3\n" in text
+    assert "stvdm ablate attention --size=tiny --cell=full:2 --num=8\n" in text
+    assert "cpu; jax 1; eight" in text and "0.1 hours" in text
+    assert "Mixed" not in text
+
+
+def test_a_budget_says_how_equal_it_is(question, grid):
+    import dataclasses
+
+    grid[0]["cost"] = {**grid[0]["cost"], "flops_per_step": 2.1e9}
+    text = report.as_markdown(dataclasses.replace(question, budget="flops"), grid)
+    assert "Held equal: training FLOPs, 40 G, to 5 %." in text
+
+
+def test_diverged_trainings_are_counted_and_have_no_scores(question, made_up, grid):
+    lost = made_up("frame", 3, 0, 0, samplings={}, curves={}, cost={"seconds": {}}, diverged="not finite")
+    text = report.as_markdown(question, [*grid, lost])
+    assert row(text, "frame@default")[1:3] == ["4 (1 diverged)", "0.22 [0.17, 0.27]"]
+    only = report.as_markdown(question, [lost])
+    assert row(only, "frame@default")[1:] == ["1 (1 diverged)", "", ""] and "Held equal: optimiser steps." in only
+
+
+def test_scores_that_are_not_reported_say_why(question, grid):
+    for one in grid:
+        del one["samplings"]["default"]["scores"]["persistence"]
+        one["samplings"]["default"]["not_reported"]["persistence"] = "real clips score 0.900, below 0.95"
+    text = report.as_markdown(question, grid)
+    assert "Not reported: persistence @default, real clips score 0.900, below 0.95." in text
+    assert row(text, "full@default")[2] == ""
+
+
+def test_it_is_written_beside_the_results_and_again_the_same(question, written):
+    pytest.importorskip("matplotlib")
+    (written / "full.png").write_bytes(b"")
+    path = report.write(question, written)
+    first = [(written / name).read_bytes() for name in ("report.md", "curves.png")]
+    assert path.name == "report.md" and first[1].startswith(b"\x89PNG")
+    report.write(question, written)
+    assert [(written / name).read_bytes() for name in ("report.md", "curves.png")] == first
+
+
+def test_mixed_conditions_are_refused_or_said(question, written, made_up):
+    pytest.importorskip("matplotlib")
+    odd = made_up("full", 3, 0.5, 0.5)
+    odd["conditions"] = {**odd["conditions"], "dit.total_steps": 40}
+    results.write(written, odd)
+    with pytest.raises(ValueError, match=r"full-3.json: dit.total_steps=40, expected 20"):
+        report.write(question, written)
+    text = report.write(question, written, mixed=True).read_text()
+    assert "**Mixed**" in text and "- full-3.json: dit.total_steps=40, expected 20" in text
+
+
+def test_there_must_be_results(question, tmp_path):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(ValueError, match="no results, expected at least one"):
+        report.write(question, tmp_path)
+
+
+def test_without_matplotlib_the_extra_is_named(question, written, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ValueError, match=r"pip install 'stvdm\[ablate\]'"):
+        report.write(question, written)
+    report.as_markdown(question, results.read(written))  # all but the picture
+
+
+def test_curves_against_flops_are_drawn_where_asked(question, grid):
+    pytest.importorskip("matplotlib")
+    import dataclasses
+
+    plain = report.learning_curves(question, grid)
+    wider = report.learning_curves(dataclasses.replace(question, plots_flops=True), grid)
+    widths = [int.from_bytes(picture[16:20], "big") for picture in (plain, wider)]
+    assert widths[1] == 2 * widths[0]
+
+
+def test_a_mean_curve_has_the_steps_that_all_seeds_have():
+    assert report.mean_curve([[[1, 2.0], [5, 1.0]], [[1, 4.0], [9, 0.5]]]) == [(1, 3.0)]
+
+
+def test_the_list_says_what_is_asked_and_found(written, made_up):
+    text = report.listing(written.parents[1])
+    for question in questions.QUESTIONS.values():
+        assert f"{question.name}: {question.asks}" in text
+    assert "  tiny   6 cells of 3 seeds, 1.5 minutes a cell on cpu" in text
+    assert "confirmed: attention over time keeps a thing the same thing (persistence: 0.45 [" in text
+    assert text.count("nothing yet: not run") == len(questions.QUESTIONS) - 1
+    odd = made_up("full", 3, 0.5, 0.5, edit={"dit.total_steps": 9})
+    results.write(written, odd)
+    assert "refused as a table" in report.listing(written.parents[1])
+
+
+def test_the_list_of_nothing_names_everything(tmp_path):
+    text = report.listing(tmp_path)
+    assert text.count("not run") == len(questions.QUESTIONS)
+    assert "objective" in text and "12 trainings a seed, each sampled in 3 ways" in text
