@@ -426,10 +426,13 @@ def _ablate(args: argparse.Namespace) -> None:
     if not args.name:
         raise ValueError(f"NAME is missing: expected one of {', '.join(questions.QUESTIONS)} (or --list)")
     question = questions.find(args.name)
-    folder: Any = Path(args.results) / question.name / args.size
+    folder: Any = f"{args.results}/{question.name}/{args.size}"  # which may be gs://
     if not args.report:
         if not args.cell:
             report.check_matplotlib()
+        from stvdm.train import supervisor
+
+        supervisor.join()
         _compilation_cache()
         from stvdm import config as config_lib
         from stvdm.ablations import cells, edits

@@ -28,7 +28,7 @@ from stvdm.ablations import cost, results
 from stvdm.ablations import shelf as shelves
 from stvdm.ablations.edits import Run
 from stvdm.ablations.questions import Question, Sampling
-from stvdm.ablations.shelf import SEED, WITHOUT_EFFECT, Say, digest_of, flat, made_once, under, versions
+from stvdm.ablations.shelf import SEED, WITHOUT_EFFECT, Say, agreed, digest_of, flat, made_once, under, versions
 from stvdm.data.kinetic_shapes import World
 from stvdm.data.video import contact_sheet
 from stvdm.evaluation import run as evaluation
@@ -36,7 +36,7 @@ from stvdm.sampling import pipeline
 from stvdm.sampling.pipeline import Pipeline
 from stvdm.train import autoencoder as train_autoencoder
 from stvdm.train import dit as train_dit
-from stvdm.train import telemetry
+from stvdm.train import supervisor, telemetry
 
 
 def main(
@@ -77,7 +77,7 @@ def main(
         results.check(results.read(target), expected=expected)
     for number, (variant, seed) in enumerate(wanted, start=1):
         name = f"{question.name} {variant}:{seed} ({number} of {len(wanted)})"
-        if results.file_of(target, variant, seed).exists():
+        if agreed(results.file_of(target, variant, seed).exists()):
             say(f"{name}: done before")
             continue
         say(f"{name}: starts")
@@ -200,6 +200,7 @@ def sampled(
     sheet = b""
     for name, sampling in question.samplings.items():
         say(f"  sampling {num} clips: {name}")
+        supervisor.beat()
         asked = clips_asked_for(loaded, sampling)
         key = json.dumps(asked, sort_keys=True)
         if key not in held:
@@ -302,5 +303,10 @@ def curve(records: Sequence[Mapping[str, Any]], name: str, most: int = 40) -> li
 
 
 def seconds_of(records: Sequence[Mapping[str, Any]]) -> float:
-    """What a training took, over all its restarts."""
-    return sum(value for one in records for key, value in one.items() if key.startswith("seconds/"))
+    """What a training took, over all its restarts; of several processes, their mean."""
+    return sum(
+        value
+        for one in records
+        for key, value in one.items()
+        if key.startswith("seconds/") and key != "seconds/data_max"
+    )

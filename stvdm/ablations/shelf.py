@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What takes long in an ablation, made once: trainings and latents, in folders named by the digest of what they are of.
 
-    KIND-DIGEST/        a training: of its config, seed, versions and whatever else is handed in
+    KIND-DIGEST/        a training: of its config, seed, versions, device and whatever else is handed in
     latents-DIGEST/     of the autoencoder's weights, the rendered world, the clips' shapes
 
-However many cells, questions or ways of sampling use it: it is made by one process, one at a time, and goes on where it
-stopped. Code is not in the digest: after a change of a model or a trainer, delete the shelf.
+However many cells, questions or ways of sampling use it: it is made by one job at a time, and goes on where it stopped.
+Code is not in the digest: after a change of a model or a trainer, delete the shelf.
 
     made = made_once(train_dit.main, config, shelf, [digest], say)
 """
@@ -22,6 +22,7 @@ import jax
 import numpy as np
 from etils import epath
 from flax import traverse_util
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 import stvdm
@@ -35,7 +36,8 @@ Say = Callable[[str], None]
 SEED = 0  # of what all cells share: the clips behind the latents, and the prompts and noise of the evaluation
 NUM_VALIDATION = 1024  # clips behind the held-out latents, at most
 WITHOUT_EFFECT = (  # keys of a config that change how a run is watched, placed or fed, and not what comes of it
-    *("seed", "autoencoder", "data.path", "data.validation_path", "data.num_workers", "mesh", "sample.previews"),
+    *("seed", "autoencoder", "data.path", "data.validation_path", "data.num_workers", "sample.previews"),
+    *("mesh", "topology", "num_slices", "model.remat"),
     *("log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints", "profile"),
 )
 OF_SAMPLING = ("sample.steps", "sample.guidance", "sample.sampler")  # are given anew whenever a model is sampled
@@ -50,9 +52,10 @@ def made_once(
 ) -> epath.Path:
     """The folder of the finished training with this config; trains, or goes on, if it is not there."""
     decisive = {key: value for key, value in flat(config).items() if not under(key, (*WITHOUT_EFFECT, *OF_SAMPLING))}
-    name = f"{config.kind}-{short_digest(decisive, config.seed, versions(), *identity)}"
+    device = jax.devices()[0].device_kind
+    name = f"{config.kind}-{short_digest(decisive, config.seed, versions(), device, *identity)}"
     with alone(shelf / name, say) as made:
-        if not (made / "model" / checkpoint.DESCRIPTION).exists():
+        if not agreed((made / "model" / checkpoint.DESCRIPTION).exists()):
             say(f"  training {config.kind} in {made}")
             train(config, made)
             if jax.process_index() == 0 and (made / "checkpoints").exists():
@@ -100,9 +103,12 @@ def encode_clips(config: ConfigDict, coder: Autoencoder, params: Any, folder: ep
 
 @contextlib.contextmanager
 def alone(folder: epath.Path, say: Say) -> Iterator[epath.Path]:
-    """The folder, held against other processes of this machine; in an object store nobody is held off."""
+    """The folder, held against other jobs of this machine; in an object store nobody is held off.
+
+    Process 0 holds it for all processes of its job, which wait for it in what they do together.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    if "://" in str(folder):
+    if "://" in str(folder) or jax.process_index() > 0:
         yield folder
         return
     import fcntl
@@ -114,6 +120,13 @@ def alone(folder: epath.Path, say: Say) -> Iterator[epath.Path]:
             say(f"  waiting for another process, which is making {folder}")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield folder
+
+
+def agreed(found: bool) -> bool:
+    """What process 0 found, on all processes of a job: they train together or not at all."""
+    if jax.process_count() == 1:
+        return found
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(found)))
 
 
 def flat(config: ConfigDict) -> dict[str, Any]:
@@ -131,7 +144,7 @@ def versions() -> dict[str, str]:
 
 
 def digest_of(params: Any) -> str:
-    """sha256 of the arrays of nested dicts."""
+    """sha256 of the arrays of nested dicts: of an autoencoder alone, where its file holds a transformer too."""
     digest = hashlib.sha256()
     for name, leaf in sorted(traverse_util.flatten_dict(params, sep="/").items()):
         digest.update(f"{name} {leaf.dtype} {leaf.shape}".encode())

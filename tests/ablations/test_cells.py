@@ -108,6 +108,7 @@ def test_how_a_run_is_watched_and_where_it_lies_is_no_condition(question, tiny_b
     dit = tiny_bases.dit
     dit.log_every, dit.eval_every, dit.data.path, dit.seed = 7, 9, "elsewhere", 5
     dit.mesh.fsdp = 2
+    dit.topology, dit.num_slices, dit.model.remat = "v5p:2x2x2", 2, "everything"
     assert cells.conditions(question, tiny_bases, size="tiny", num=8, batch=4) == before
     dit.model.rope_theta = 10.0
     changed = cells.conditions(question, tiny_bases, size="tiny", num=8, batch=4)
@@ -146,6 +147,11 @@ def test_scores_and_references_are_taken_out_of_a_report():
     assert scores["references"]["real"] == {"colour": 0.5, "residual": 0.5, "frame_change": 1.0}
     assert scores["references"]["chance"] == {"colour": 0.5}
     assert scores["not_reported"] == {"shape": "real clips fail"}
+
+
+def test_the_wait_of_the_slowest_process_is_not_counted_twice():
+    records = [{"step": 1, "seconds/data": 1.0, "seconds/data_max": 5.0, "seconds/step": 2.0}, {"step": 2, "loss": 1.0}]
+    assert cells.seconds_of(records) == 3.0
 
 
 # --- what is made once -----------------------------------------------------------------------------------------------
