@@ -33,10 +33,13 @@ def as_it_is(run: Run) -> None:
 
 
 def attend(*cycle: str) -> Edit:
-    """Patterns of self-attention, cycled over the layers."""
+    """Patterns of self-attention, cycled over the layers, with positions that are added to the tokens.
+
+    Turns within a frame do not tell which frame it is: with rotary positions a frame alone would not know its time.
+    """
 
     def edit(run: Run) -> None:
-        run.dit.model.attention = cycle
+        run.dit.model.attention, run.dit.model.positions = cycle, "sincos"
         if "window" in cycle:
             run.dit.model.window = (1, 1, 1)
 

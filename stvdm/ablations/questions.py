@@ -132,8 +132,8 @@ _ATTENTION = Question(
         Claim("full@diagonal", "factorised@diagonal", "direction", "fast diagonals take another place at another time"),
         Claim("full@diagonal", "window@diagonal", "direction", "fast diagonals outrun a window"),
     ),
-    limits="A pattern without time has rotary places within its frame alone, and so cannot know which frame it makes. "
-    "Windows and masks are counted at what they need; the program computes all pairs and hides some.",
+    limits="All with positions added to the tokens, as a frame alone needs them; with rotary ones the others may do "
+    "better. FLOPs are of the pairs that a pattern sees; a program may compute more and hide them.",
 )
 
 _OBJECTIVE = Question(

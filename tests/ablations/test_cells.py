@@ -119,7 +119,10 @@ def test_how_a_run_is_watched_and_where_it_lies_is_no_condition(question, tiny_b
 def test_a_variant_edits_a_copy_and_says_what_it_changed(question, tiny_bases):
     prepared = cells.prepared(question, tiny_bases, "frame", 4)
     assert (prepared.dit.seed, tiny_bases.dit.seed) == (4, 0)
-    assert cells.edit_of(tiny_bases, prepared, with_autoencoder=True) == {"dit.model.attention": ("frame",)}
+    assert cells.edit_of(tiny_bases, prepared, with_autoencoder=True) == {
+        "dit.model.attention": ("frame",),
+        "dit.model.positions": "sincos",
+    }
 
 
 def test_a_longer_clip_has_whole_latents_and_a_plan_of_its_length(tiny_model):

@@ -72,6 +72,13 @@ def test_text_paths_have_equal_parameters(bases):
     assert sizes["joint"] == pytest.approx(sizes["cross"], rel=0.005)
 
 
+def test_patterns_of_attention_differ_in_nothing_else(bases):
+    question, found = QUESTIONS["attention"], bases("tiny")
+    for variant in question.variants:
+        config = cells.prepared(question, found, variant, 0).dit
+        assert config.model.positions == "sincos"  # of which a frame alone reads its time
+
+
 def test_an_autoencoder_by_frames_has_about_as_many_latent_values(bases):
     values = {}
     for variant in QUESTIONS["autoencoder"].variants:
