@@ -48,6 +48,8 @@ LADDER = """
     evaluation.metrics
     evaluation.tracking
     evaluation.physics
+    evaluation.distributions
+    evaluation.vbench
     evaluation.run
     planning.chips
     planning.cache
