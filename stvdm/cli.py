@@ -354,7 +354,8 @@ def _add_evaluate(commands: Any) -> None:
         _evaluate,
         "sample held-out prompts, track what came out, and score it",
         "stvdm evaluate --checkpoint=runs/dit --num=200 --output=results.json",
-        "Prints each score with its 95 % interval, beside the same score of real clips and of reconstructed ones.",
+        "Prints each score with its 95 % interval, beside the same score of real clips, of reconstructed ones, and of "
+        "real clips of other prompts, which is chance.",
     )
     _add_sampling(command)
     command.add_argument("--num", type=_count, default=200, metavar="N", help="held-out prompts (default 200)")

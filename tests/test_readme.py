@@ -15,7 +15,7 @@ from stvdm.sampling.pipeline import Pipeline
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "launch/README.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "launch/README.md", "results/README.md")
 
 
 def blocks(text: str, language: str) -> list[str]:
