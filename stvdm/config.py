@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flax import traverse_util
 from ml_collections import ConfigDict
 
 from stvdm import shapes
@@ -154,6 +155,20 @@ def with_words(config: ConfigDict, words: Iterable[str]) -> ConfigDict:
     config = config.copy_and_resolve_references()
     config.text.words = tuple(words)
     return config
+
+
+def flat(config: ConfigDict) -> dict[str, Any]:
+    """A config as one level: its keys are "section.key"."""
+    return traverse_util.flatten_dict(config.to_dict(), sep=".")
+
+
+def defaults(kind: str) -> dict[str, Any]:
+    """The base config of a kind of training, "dit" or "autoencoder", as one level.
+
+    What a config says beyond it is what a run is of: a key that is added later, with the default that keeps runs as
+    they were, changes nothing of those before.
+    """
+    return flat({"dit": dit, "autoencoder": autoencoder}[kind]())
 
 
 def compression(model: Any) -> dict[str, Any]:

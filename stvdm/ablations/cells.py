@@ -24,11 +24,12 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from stvdm import config as base
 from stvdm.ablations import cost, results
 from stvdm.ablations import shelf as shelves
 from stvdm.ablations.edits import Run
 from stvdm.ablations.questions import Question, Sampling
-from stvdm.ablations.shelf import SEED, WITHOUT_EFFECT, Say, agreed, digest_of, flat, made_once, under, versions
+from stvdm.ablations.shelf import SEED, WITHOUT_EFFECT, Say, agreed, digest_of, made_once, under, versions
 from stvdm.data.kinetic_shapes import World
 from stvdm.data.video import contact_sheet
 from stvdm.evaluation import run as evaluation
@@ -280,12 +281,12 @@ def edit_of(bases: Run, run: Run, *, with_autoencoder: bool) -> dict[str, Any]:
         {key: value for name in names for key, value in of_config(getattr(configs, name), name).items()}
         for configs in (bases, run)
     )
-    return {key: value for key, value in after.items() if value != before[key]}
+    return {key: value for key, value in after.items() if value != before.get(key)}
 
 
 def of_config(config: ConfigDict, prefix: str) -> dict[str, Any]:
     """The keys of a config that have a say in the result, as "prefix.key"."""
-    return {f"{prefix}.{key}": value for key, value in flat(config).items() if not under(key, WITHOUT_EFFECT)}
+    return {f"{prefix}.{key}": value for key, value in base.flat(config).items() if not under(key, WITHOUT_EFFECT)}
 
 
 # --- what it cost ----------------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ A result holds the scores, what they cost, the command, and two groups of keys t
     conditions    equal in all cells of a grid: the base config, prompts, ways of sampling, versions, device
     edit          what the variant changed, equal in all cells of the variant
 
+A config key that is not among the conditions had not been invented, and has its default.
+
 Files are written whole or not at all.
 
     write(folder, result);  results = read(folder);  check(results)
@@ -21,6 +23,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
+
+from stvdm import config as base
 
 Result = dict[str, Any]
 
@@ -78,10 +82,18 @@ def differences(results: Sequence[Result], *, expected: Mapping[str, Any] | None
 
 
 def _differing(got: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[str]:
+    got, expected = _completed(got), _completed(expected)
     for key in sorted({*got, *expected}):
         ours, theirs = (_plain(side[key]) if key in side else "nothing" for side in (got, expected))
         if ours != theirs:
             yield f"{key}={ours}, expected {theirs}"
+
+
+def _completed(conditions: Mapping[str, Any]) -> Mapping[str, Any]:
+    """With the keys that configs had not yet when a result was made, which have their defaults."""
+    kinds = {key.partition(".")[0] for key in conditions} & {"dit", "autoencoder"}
+    usual = {f"{kind}.{key}": value for kind in kinds for key, value in base.defaults(kind).items()}
+    return {**usual, **conditions}
 
 
 def _commonest(mappings: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:

@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 
 import stvdm
 from stvdm import checkpoint, preprocess
+from stvdm import config as base
 from stvdm.data import loader
 from stvdm.data.kinetic_shapes import Split
 from stvdm.models.autoencoder3d import Autoencoder
@@ -51,7 +52,12 @@ def made_once(
     say: Say,
 ) -> epath.Path:
     """The folder of the finished training with this config; trains, or goes on, if it is not there."""
-    decisive = {key: value for key, value in flat(config).items() if not under(key, (*WITHOUT_EFFECT, *OF_SAMPLING))}
+    usual = base.defaults(config.kind)
+    decisive = {
+        key: value
+        for key, value in base.flat(config).items()
+        if not under(key, (*WITHOUT_EFFECT, *OF_SAMPLING)) and (key not in usual or value != usual[key])
+    }
     device = jax.devices()[0].device_kind
     name = f"{config.kind}-{short_digest(decisive, config.seed, versions(), device, *identity)}"
     with alone(shelf / name, say) as made:
@@ -127,11 +133,6 @@ def agreed(found: bool) -> bool:
     if jax.process_count() == 1:
         return found
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(found)))
-
-
-def flat(config: ConfigDict) -> dict[str, Any]:
-    """A config as one level: its keys are "section.key"."""
-    return traverse_util.flatten_dict(config.to_dict(), sep=".")
 
 
 def under(key: str, names: Sequence[str]) -> bool:

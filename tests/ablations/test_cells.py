@@ -190,6 +190,18 @@ def test_equal_trainings_are_made_once(tiny_bases, trained, tmp_path):
     assert len(set(trained.noted)) == len(trained.noted) == 4
 
 
+def test_a_key_with_its_default_makes_no_other_training(tiny_bases, trained, tmp_path, monkeypatch):
+    config, place = tiny_bases.dit, shelf.epath.Path(tmp_path)
+    first = shelf.made_once(trained, config, place, [], quiet)
+    usual = {**base.defaults("dit"), "model.invented": 1}
+    monkeypatch.setattr(base, "defaults", lambda kind: usual)
+    with config.unlocked():
+        config.model.invented = 1
+    assert shelf.made_once(trained, config, place, [], quiet) == first
+    config.model.invented = 2
+    assert shelf.made_once(trained, config, place, [], quiet) != first
+
+
 def test_a_training_cut_short_is_called_again(tiny_bases, trained, tmp_path):
     def cut(config, folder):
         (folder / "checkpoints").mkdir()

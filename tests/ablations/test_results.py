@@ -38,6 +38,13 @@ def test_a_key_that_only_some_have_is_a_difference(grid):
     assert list(results.differences(grid)) == ["frame-0.json: dit.model.new=3, expected nothing"]
 
 
+def test_a_key_that_was_added_since_has_its_default(grid):
+    grid[0]["conditions"] = {**grid[0]["conditions"], "dit.model.qk_norm": True}
+    assert list(results.differences(grid)) == []
+    grid[0]["conditions"] = {**grid[0]["conditions"], "dit.model.qk_norm": False}
+    assert list(results.differences(grid)) == ["frame-0.json: dit.model.qk_norm=false, expected true"]
+
+
 def test_a_variant_whose_edit_changed_does_not_mix(grid):
     grid[1]["edit"] = {"dit.model.attention": ["time"]}
     assert list(results.differences(grid)) == ['frame-1.json: dit.model.attention=["time"], expected ["frame"]']
