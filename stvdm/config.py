@@ -48,7 +48,10 @@ def dit() -> ConfigDict:
     config = _common()
     config.kind = "dit"
     config.autoencoder = ""  # folder of a trained autoencoder: its run, or its exported model
+    config.start_from = ""  # folder of a trained model to start from; weights that it does not have start fresh
+    config.train_only = ""  # a regular expression: the weights that are trained, by their path in the model's file
     config.model = _section(
+        network="dit",  # a spacetime transformer; `unet` has the keys of the other kind
         patch=(1, 2, 2),  # latent positions along time, height, width in one token
         width=384,  # D
         num_layers=12,
@@ -92,6 +95,24 @@ def dit() -> ConfigDict:
         guidance_rescale=0.0,  # 0: none, 1: keep the deviation of the conditional prediction
         shift=1.0,  # of the sampling schedule; 0: by token count
         previews=(),  # prompts that are sampled with each evaluation; none: captions of held-out clips
+    )
+    return config.lock()
+
+
+def unet() -> ConfigDict:
+    """Base config of `stvdm.train.dit` for a U-Net in place of the transformer: `dit` with another ``model``."""
+    config = dit().unlock()
+    config.model = _section(
+        network="unet",
+        width=64,  # channels of the finest level; each coarser one has twice as many
+        num_heads=4,
+        patch=(1, 4, 4),  # latent positions in one of the coarsest level: powers of two, along height and width
+        num_blocks=1,  # in each level on the way down; on the way up there is one more
+        temporal=True,  # layers over time; without them each frame is made alone
+        time_features=256,  # sinusoids that describe the noise level
+        remat="nothing",  # what the backward pass computes again: nothing or everything
+        dtype="float32",  # of products: float32 or bfloat16
+        matmul="",  # 'int8' or 'fp8': products of attention and MLPs in eight bits, by Qwix
     )
     return config.lock()
 
@@ -352,15 +373,39 @@ def _dit_problems(config: ConfigDict) -> Iterator[str]:
     yield from _choice("flow.prediction", flow.prediction, ("velocity", "epsilon", "x0", "v"))
     yield from _choice("flow.density", flow.density, ("logit_normal", "uniform"))
     yield from _choice("sample.sampler", config.sample.sampler, ("euler", "heun", "dpm++", "unipc"))
-    yield from _choice("model.text_path", model.text_path, ("cross", "joint"))
-    yield from _choice("model.positions", model.positions, ("rotary", "sincos"))
     yield from _choice("model.matmul", model.matmul, ("", "int8", "fp8"))
-    yield from _choice("model.remat", model.remat, ("nothing", "projections", "attention", "offload", "everything"))
     low, high = config.sample.guidance_interval
     if not 0 <= low < high <= 1:
         yield f"sample.guidance_interval={(low, high)}: expected 0 <= low < high <= 1, times of which 1 is noise."
     if not 0 <= config.sample.guidance_rescale <= 1:
         yield f"sample.guidance_rescale={config.sample.guidance_rescale}: expected 0 <= share <= 1."
+    yield from _choice("model.network", model.network, ("dit", "unet"))
+    yield from _unet_problems(model) if model.network == "unet" else _transformer_problems(model)
+    if config.text.width % (2 * config.text.num_heads):
+        yield (
+            f"text.width={config.text.width}: expected a multiple of 2 * text.num_heads={2 * config.text.num_heads}; "
+            "rotary positions need an even head width."
+        )
+    split = [("model.num_heads", model.num_heads), ("text.num_heads", config.text.num_heads)]
+    if model.network == "dit":
+        split.append(("model.mlp_width", model.mlp_width))
+    for where, size in split:
+        if config.mesh.tensor > 0 and size % config.mesh.tensor:
+            yield f"{where}={size}: expected a multiple of mesh.tensor={config.mesh.tensor}, over which it is split."
+    if not 0 <= flow.caption_dropout < 1:
+        yield f"flow.caption_dropout={flow.caption_dropout}: expected 0 <= share < 1."
+    if not config.autoencoder:
+        yield "autoencoder='': name the folder of a trained autoencoder (`stvdm train autoencoder` makes one)."
+    try:
+        re.compile(config.train_only)
+    except re.error as error:
+        yield f"train_only={config.train_only!r}: expected a regular expression; {error}."
+
+
+def _transformer_problems(model: ConfigDict) -> Iterator[str]:
+    yield from _choice("model.text_path", model.text_path, ("cross", "joint"))
+    yield from _choice("model.positions", model.positions, ("rotary", "sincos"))
+    yield from _choice("model.remat", model.remat, ("nothing", "projections", "attention", "offload", "everything"))
     if not model.attention:
         yield "model.attention=(): expected at least one pattern."
     for pattern in model.attention:
@@ -374,22 +419,16 @@ def _dit_problems(config: ConfigDict) -> Iterator[str]:
             f"model.num_layers={model.num_layers}: expected a multiple of {len(model.attention)}, "
             f"the cycle of model.attention={tuple(model.attention)}."
         )
-    if config.text.width % (2 * config.text.num_heads):
-        yield (
-            f"text.width={config.text.width}: expected a multiple of 2 * text.num_heads={2 * config.text.num_heads}; "
-            "rotary positions need an even head width."
-        )
-    for where, size in (
-        ("model.num_heads", model.num_heads),
-        ("model.mlp_width", model.mlp_width),
-        ("text.num_heads", config.text.num_heads),
-    ):
-        if config.mesh.tensor > 0 and size % config.mesh.tensor:
-            yield f"{where}={size}: expected a multiple of mesh.tensor={config.mesh.tensor}, over which it is split."
-    if not 0 <= flow.caption_dropout < 1:
-        yield f"flow.caption_dropout={flow.caption_dropout}: expected 0 <= share < 1."
-    if not config.autoencoder:
-        yield "autoencoder='': name the folder of a trained autoencoder (`stvdm train autoencoder` makes one)."
+
+
+def _unet_problems(model: ConfigDict) -> Iterator[str]:
+    yield from _choice("model.remat", model.remat, ("nothing", "everything"))
+    time, height, width = model.patch
+    if time != 1 or height != width or height & (height - 1):
+        yield f"model.patch={tuple(model.patch)}: a U-Net halves height and width alike, so use (1, 2**n, 2**n)."
+    for divisor in (2 * model.num_heads, 8):
+        if model.width % divisor:
+            yield f"model.width={model.width}: expected a multiple of {divisor}, for heads and groups of a norm."
 
 
 def _without_effect(config: ConfigDict) -> Iterator[str]:
@@ -401,6 +440,8 @@ def _without_effect(config: ConfigDict) -> Iterator[str]:
             yield f"model.temporal_down={tuple(model.temporal_down)} has no effect: model.grouping='frame' keeps time."
         return
     flow, sample = config.flow, config.sample
+    if config.train_only and not config.start_from:
+        yield f"train_only={config.train_only!r} without start_from: what is not trained stays as it is drawn."
     if config.data.flip and config.data.source == "latents":
         yield "data.flip has no effect: latents are not mirrored; `stvdm preprocess` would have to."
     if flow.density == "uniform" and (flow.mean, flow.std) != (0.0, 1.0):

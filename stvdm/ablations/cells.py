@@ -16,7 +16,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 from stvdm import config as base
 from stvdm.ablations import cost, results
 from stvdm.ablations import shelf as shelves
-from stvdm.ablations.edits import Run
+from stvdm.ablations.edits import Run, Stage
 from stvdm.ablations.questions import Question, Sampling
 from stvdm.ablations.shelf import SEED, WITHOUT_EFFECT, Say, agreed, digest_of, made_once, under, versions
 from stvdm.data.kinetic_shapes import World
@@ -108,13 +108,16 @@ def parse(question: Question, cell: str) -> tuple[str, int]:
     return variant, int(seed)
 
 
-def prepared(question: Question, bases: Run, variant: str, seed: int) -> Run:
-    """Copies of the bases as a variant edits them, with the seed."""
-    run = Run(*(config.copy_and_resolve_references() for config in bases))
-    question.variants[variant](run)
-    for config in run:
-        config.seed = seed
-    return run
+def prepared(question: Question, bases: Run, variant: str, seed: int) -> list[Run]:
+    """Copies of the bases as a variant edits them, one for each of its stages, with the seed."""
+    runs = []
+    for stage in question.stages(variant):
+        run = Run(*(config.copy_and_resolve_references() for config in bases))
+        stage.edit(run)
+        for config in run:
+            config.seed = seed
+        runs.append(run)
+    return runs
 
 
 def run_cell(
@@ -130,66 +133,89 @@ def run_cell(
 ) -> tuple[dict[str, Any], bytes | None]:
     """Trains and evaluates; returns what is measured, and a picture of the first clips (PNG). Writes to ``workdir``."""
     shelf = epath.Path(workdir).expanduser()
-    run = prepared(question, bases, variant, seed)
+    runs = prepared(question, bases, variant, seed)
     curves: dict[str, list[list[float]]] = {}
     seconds: dict[str, float] = {}
 
     # Autoencoder.
     if question.trains_autoencoder:
-        made = made_once(train_autoencoder.main, run.autoencoder, shelf, [], say)
-        run.dit.autoencoder = str(made)
+        made = made_once(train_autoencoder.main, runs[0].autoencoder, shelf, [], say)
+        for run in runs:
+            run.dit.autoencoder = str(made)
         records = telemetry.read_metrics(made)
         curves["held-out PSNR of the autoencoder, dB"] = curve(records, "eval/psnr")
         seconds["autoencoder"] = seconds_of(records)
-    params, description = train_dit.load_autoencoder(run.dit.autoencoder)
+    params, description = train_dit.load_autoencoder(runs[0].dit.autoencoder)
     coder, digest = pipeline.autoencoder_of(description["autoencoder"]), digest_of(params)
 
     # Budget.
-    flops = cost.training_flops(run.dit, coder)
-    if question.budget == "flops":
-        run.dit.total_steps = round(bases.dit.total_steps * cost.training_flops(bases.dit, coder) / flops)
+    def price(config: ConfigDict) -> float:
+        if question.budget == "flops":
+            return cost.training_flops(config, coder)
+        if question.budget == "seconds":
+            return shelves.measured_once(lambda c: cost.seconds_per_step(c, coder), config, shelf, [digest], say)
+        return 1.0
 
-    # Latents and training.
-    latents = shelves.folder_of_latents(run.dit, digest, shelf) if run.dit.data.source == "latents" else None
-    if latents is not None:
-        run.dit.data.path, run.dit.data.validation_path = str(latents / "train"), str(latents / "validation")
-
-    def train(config: ConfigDict, folder: epath.PathLike) -> None:
-        if latents is not None:
-            shelves.encode_clips(config, coder, params, latents, say)
-        train_dit.main(config, folder)
-
+    share_out(bases, runs, question.stages(variant), price)
+    flops = [cost.training_flops(run.dit, coder) for run in runs]
     measured: dict[str, Any] = {
-        "edit": edit_of(bases, run, with_autoencoder=question.trains_autoencoder),
+        "edit": edit_of(bases, runs, with_autoencoder=question.trains_autoencoder),
         "curves": curves,
         "samplings": {},
     }
-    try:
-        made = made_once(train, run.dit, shelf, [digest, latents.name if latents is not None else ""], say)
-    except FloatingPointError as error:
-        return {**measured, "cost": {"seconds": seconds}, "diverged": str(error)}, None
-    if question.trains_autoencoder and latents is not None and latents.exists():
-        latents.rmtree()  # of this cell alone, and large
-    records = telemetry.read_metrics(made)
-    curves["training error of the velocity"] = curve(records, "velocity_mse")
-    curves["held-out error of the velocity"] = curve(records, "eval/velocity_mse")
-    seconds["training"] = seconds_of(records)
+
+    # Latents and training, each stage from the weights of the one before.
+    seconds["training"], done, made = 0.0, 0, None
+    for run in runs:
+        latents = shelves.folder_of_latents(run.dit, digest, shelf) if run.dit.data.source == "latents" else None
+        if latents is not None:
+            run.dit.data.path, run.dit.data.validation_path = str(latents / "train"), str(latents / "validation")
+        identity = [digest, latents.name if latents is not None else ""]
+        if made is not None:
+            run.dit.start_from = str(made)
+            identity.append(made.name)
+
+        def train(config: ConfigDict, folder: epath.PathLike, latents: epath.Path | None = latents) -> None:
+            if latents is not None:
+                shelves.encode_clips(config, coder, params, latents, say)
+            train_dit.main(config, folder)
+
+        try:
+            made = made_once(train, run.dit, shelf, identity, say)
+        except FloatingPointError as error:
+            return {**measured, "cost": {"seconds": seconds}, "diverged": str(error)}, None
+        if question.trains_autoencoder and latents is not None and latents.exists():
+            latents.rmtree()  # of this cell alone, and large
+        records = telemetry.read_metrics(made)
+        for title, name in (("training", "velocity_mse"), ("held-out", "eval/velocity_mse")):
+            points = curves.setdefault(f"{title} error of the velocity", [])
+            points += [[done + step, value] for step, value in curve(records, name)]
+        seconds["training"] += seconds_of(records)
+        done += run.dit.total_steps
 
     # Evaluation.
-    loaded = Pipeline.load(made)
+    assert made is not None
+    last, loaded = runs[-1].dit, Pipeline.load(made)
     measured["cost"] = {
         "seconds": seconds,
         "parameters": {name: size_of(loaded.params[name]) for name in ("dit", "text", "autoencoder")},
-        "tokens": int(np.prod(cost.grid_of(run.dit, coder, loaded.default_shape))),
-        "flops_per_step": flops,
-        "steps": run.dit.total_steps,
+        "tokens": int(np.prod(cost.grid_of(last, coder, loaded.default_shape))),
+        "flops_per_step": sum(run.dit.total_steps * each for run, each in zip(runs, flops, strict=True)) / done,
+        "steps": done,
     }
     measured["model_sha256"] = loaded.digest
     began = time.monotonic()
-    measured["samplings"], sheet = sampled(question, loaded, run.dit, num=num, batch=batch, say=say)
+    measured["samplings"], sheet = sampled(question, loaded, last, num=num, batch=batch, say=say)
     seconds["evaluation"] = time.monotonic() - began
     jax.clear_caches()  # hundreds of compiled programs, in a grid
     return measured, sheet
+
+
+def share_out(bases: Run, runs: Sequence[Run], stages: Sequence[Stage], price: Callable[[ConfigDict], float]) -> None:
+    """Gives each stage the steps that its share of what the base's training costs will buy, at a price a step."""
+    whole = bases.dit.total_steps * price(bases.dit)
+    for run, stage in zip(runs, stages, strict=True):
+        run.dit.total_steps = round(stage.share * whole / price(run.dit))
 
 
 def sampled(
@@ -274,14 +300,19 @@ def conditions(question: Question, bases: Run, *, size: str, num: int, batch: in
     return {**found, "autoencoder_sha256": digest_of(train_dit.load_autoencoder(bases.dit.autoencoder)[0])}
 
 
-def edit_of(bases: Run, run: Run, *, with_autoencoder: bool) -> dict[str, Any]:
-    """The keys that a variant changed, with their new values."""
+def edit_of(bases: Run, runs: Sequence[Run], *, with_autoencoder: bool) -> dict[str, Any]:
+    """The keys that a variant changed, with their new values; of several stages as "1.dit.total_steps"."""
     names = ("dit", "autoencoder") if with_autoencoder else ("dit",)
-    before, after = (
-        {key: value for name in names for key, value in of_config(getattr(configs, name), name).items()}
-        for configs in (bases, run)
-    )
-    return {key: value for key, value in after.items() if value != before.get(key)}
+
+    def keys(run: Run) -> dict[str, Any]:
+        return {key: value for name in names for key, value in of_config(getattr(run, name), name).items()}
+
+    before = keys(bases)
+    found: dict[str, Any] = {}
+    for number, run in enumerate(runs, start=1):
+        stage = f"{number}." if len(runs) > 1 else ""
+        found |= {f"{stage}{key}": value for key, value in keys(run).items() if value != before.get(key)}
+    return found
 
 
 def of_config(config: ConfigDict, prefix: str) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
+from stvdm import config as base
+
 
 class Run(NamedTuple):
     """The configs of one cell, for an edit to change: a base of `config.dit` and one of `config.autoencoder`.
@@ -26,6 +28,13 @@ class Run(NamedTuple):
 
 
 Edit = Callable[[Run], None]
+
+
+class Stage(NamedTuple):
+    """A part of a training that is made in stages, each from the weights of the one before."""
+
+    share: float  # of the budget
+    edit: Edit
 
 
 def as_it_is(run: Run) -> None:
@@ -109,6 +118,36 @@ def mix_in(*others: tuple[int, int], share: float) -> Edit:
         ((T, H, W, batch, _),) = run.dit.data.buckets
         added = tuple((1 + (T - 1) // n if n else 1, H // m, W // m, batch, share / len(others)) for n, m in others)
         run.dit.data.buckets = ((T, H, W, batch, 1.0 - share), *added)
+
+    return edit
+
+
+def only(time: int, space: int) -> Edit:
+    """One bucket (n, m), with 1 / n of the time (0: an image) and 1 / m of each side."""
+
+    def edit(run: Run) -> None:
+        ((T, H, W, batch, weight),) = run.dit.data.buckets
+        run.dit.data.buckets = ((1 + (T - 1) // time if time else 1, H // space, W // space, batch, weight),)
+
+    return edit
+
+
+def with_unet(*, temporal: bool, train_only: str = "") -> Edit:
+    """A U-Net of two levels in place of the transformer, of about as many parameters; or of it some layers alone."""
+
+    def edit(run: Run) -> None:
+        dit, model = run.dit, base.unet().model
+        heads = dit.model.num_heads
+        model.update(
+            width=dit.model.width // 4,
+            num_heads=heads,
+            patch=(1, 2, 2),
+            temporal=temporal,
+            dtype=dit.model.dtype,
+        )
+        with dit.unlocked():
+            dit.model = model
+        dit.train_only = train_only
 
     return edit
 

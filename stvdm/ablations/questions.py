@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The list of ablations: what each asks, its grid of config edits, and the claims it can confirm or refute.
 
-A variant is a name and a function of `stvdm.ablations.edits`. A claim names a better and a worse variant and a score,
-and is written down here before the grid is run: it is confirmed where the 95 % interval of the difference over seeds
-lies on its side of zero, refuted where it lies on the other, and undecided otherwise (`stvdm.ablations.verdicts`).
+A variant is a name and a function of `stvdm.ablations.edits`, or several, for a training in stages. A claim names a
+better and a worse variant and a score, and is written down here before the grid is run: it is confirmed where the 95 %
+interval of the difference over seeds lies on its side of zero, refuted where it lies on the other, and undecided
+otherwise (`stvdm.ablations.verdicts`).
 
     Question(
         name="attention",
@@ -25,6 +26,7 @@ from typing import Any, Literal
 
 from stvdm.ablations.edits import (
     Edit,
+    Stage,
     as_it_is,
     attend,
     channels,
@@ -34,17 +36,19 @@ from stvdm.ablations.edits import (
     in_equal_groups,
     mix_in,
     normalise,
+    only,
     optimise,
     place_by,
     predict,
     read_jointly,
     sized,
     twice_the_space_compression,
+    with_unet,
     without_average,
 )
 from stvdm.data.kinetic_scene import MOTIONS
 
-Budget = Literal["steps", "parameters", "flops"]  # what is equal between the variants
+Budget = Literal["steps", "parameters", "flops", "seconds"]  # what is equal between the variants
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,13 +80,18 @@ class Question:
     asks: str
     source: str  # who published what
     budget: Budget
-    variants: Mapping[str, Edit]
+    variants: Mapping[str, Edit | tuple[Stage, ...]]
     scores: tuple[str, ...]  # columns of the table: items of `physics`, or other scores of `cells.scores_of`
     claims: tuple[Claim, ...]
     samplings: Mapping[str, Sampling] = dataclasses.field(default_factory=lambda: {"default": Sampling()})
     trains_autoencoder: bool = False  # each cell trains its own, as the edits say
     plots_flops: bool = False  # the first score is drawn against the FLOPs of training, too
     limits: str = ""  # what this grid cannot tell
+
+    def stages(self, variant: str) -> tuple[Stage, ...]:
+        """The parts of a variant's training: one, where it is not said to have more."""
+        found = self.variants[variant]
+        return found if isinstance(found, tuple) else (Stage(1.0, found),)
 
     def split(self, name: str) -> tuple[str, str]:
         """("variant", "sampling") of "variant@sampling"; the first way of sampling is meant where none is named."""
@@ -245,23 +254,31 @@ _POSITIONS = Question(
 
 _IMAGES = Question(
     name="images",
-    asks="At equal FLOPs, do images, shorter clips or smaller clips beside the full ones help?",
-    source="Latte: joint training on images helps; Open-Sora: buckets of lengths and resolutions",
+    asks="At equal FLOPs, do images, shorter clips or smaller clips help, beside the full ones or before them?",
+    source="Latte: joint training on images helps; Open-Sora: buckets of lengths and resolutions, and from images and "
+    "low resolution to long clips and high",
     budget="flops",
     variants={
         "video": as_it_is,
         "with_images": mix_in((0, 1), share=0.25),
         "with_lengths": mix_in((0, 1), (2, 1), share=0.5),
         "with_resolutions": mix_in((1, 2), share=0.5),
+        "images_first": (Stage(0.25, only(0, 1)), Stage(0.75, as_it_is)),
+        "short_to_long": (Stage(0.15, only(0, 1)), Stage(0.25, only(2, 1)), Stage(0.6, as_it_is)),
+        "low_to_high": (Stage(0.3, only(1, 2)), Stage(0.7, as_it_is)),
     },
     scores=(*FOLLOWS, "persistence", "flow_loss"),
     claims=(
         Claim("with_images", "video", "all_right", "images beside video help"),
         Claim("with_lengths", "video", "all_right", "images and short clips beside long ones help"),
         Claim("with_resolutions", "video", "all_right", "small clips beside large ones help"),
+        Claim("images_first", "video", "all_right", "images before clips help"),
+        Claim("short_to_long", "video", "all_right", "images, then short clips, then long ones help"),
+        Claim("low_to_high", "video", "all_right", "small clips before large ones help"),
+        Claim("short_to_long", "with_lengths", "all_right", "one after the other is better than all at once"),
     ),
-    limits="Buckets are mixed from first to last: a curriculum, in which one follows the other, is not a config. The "
-    "held-out loss during training is of the mixture, and compares only within a variant.",
+    limits="Each stage of a curriculum has a schedule of its own, whose rate falls to its end. The held-out loss "
+    "during training is of what is trained on, and compares only within a variant.",
 )
 
 _COMPRESSION = Question(
@@ -321,9 +338,9 @@ _AVERAGE = Question(
 
 _OPTIMIZER = Question(
     name="optimizer",
-    asks="Muon or AdamW, at equal steps?",
+    asks="Muon or AdamW, in equal time?",
     source="Jordan 2024 (kellerjordan.github.io/posts/muon); Liu 2025 (arXiv:2502.16982), for language models",
-    budget="steps",
+    budget="seconds",
     variants={
         "muon": optimise("muon"),
         "muon_quarter_rate": optimise("muon", 0.25),
@@ -336,7 +353,7 @@ _OPTIMIZER = Question(
         Claim("muon", "adamw_quarter_rate", "flow_loss", "Muon beats AdamW at a quarter of its rate", higher=False),
         Claim("muon", "adamw_quarter_rate", "all_right", "and is right more often"),
     ),
-    limits="Two rates each is no search. A step of Muon takes a little longer.",
+    limits="Two rates each is no search. Seconds are of this machine, measured once.",
 )
 
 _QK_NORM = Question(
@@ -358,6 +375,33 @@ _QK_NORM = Question(
     limits="Short trainings in float32: growth over many steps, and bfloat16, are not seen.",
 )
 
+_BOLTED_ON = Question(
+    name="bolted_on",
+    asks="Is video made as one object in space and time better than an image model with time bolted on?",
+    source="Video LDM (arXiv:2304.08818), AnimateDiff (arXiv:2307.04725): layers over time in a U-Net of images, the "
+    "rest left as it is; Sora and all since: one transformer over space and time",
+    budget="flops",
+    variants={
+        "dit": as_it_is,
+        "bolted_on": (
+            Stage(0.5, with_unet(temporal=False)),
+            Stage(0.5, with_unet(temporal=True, train_only="temporal")),
+        ),
+        "unet": with_unet(temporal=True),
+        "images_alone": with_unet(temporal=False),
+    },
+    scores=("all_right", *FOLLOWS[1:], *HOLDS, "flow_loss"),
+    claims=(
+        Claim("dit", "bolted_on", "all_right", "one transformer over space and time is right more often"),
+        Claim("dit", "bolted_on", "persistence", "one transformer keeps a thing the same thing"),
+        Claim("bolted_on", "images_alone", "persistence", "layers over time, bolted on, keep a thing the same thing"),
+        Claim("unet", "bolted_on", "all_right", "trained as a whole, the same U-Net is better"),
+        Claim("dit", "unet", "all_right", "and the transformer is better than that"),
+    ),
+    limits="One small U-Net, of about the transformer's parameters. Its images are the frames of the latent, each of "
+    "which but the first stands for several frames of the clip. The schedule of each half falls to its end.",
+)
+
 QUESTIONS: dict[str, Question] = {
     question.name: question
     for question in (
@@ -373,5 +417,6 @@ QUESTIONS: dict[str, Question] = {
         _AVERAGE,
         _OPTIMIZER,
         _QK_NORM,
+        _BOLTED_ON,
     )
 }

@@ -164,8 +164,14 @@ def _budget(question: Question, found: Sequence[Result]) -> str:
         "steps": [cost["steps"] for cost in costs],
         "parameters": [_parameters(cost) for cost in costs],
         "flops": [cost["steps"] * cost["flops_per_step"] for cost in costs],
+        "seconds": [cost["seconds"]["training"] for cost in costs],
     }[question.budget]
-    unit = {"steps": "optimiser steps", "parameters": "parameters", "flops": "training FLOPs"}[question.budget]
+    unit = {
+        "steps": "optimiser steps",
+        "parameters": "parameters",
+        "flops": "training FLOPs",
+        "seconds": "seconds of training, by a step's measured before",
+    }[question.budget]
     if not values:
         return f"Held equal: {unit}."
     spread = max(values) / min(values) - 1

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What takes long in an ablation, made once: trainings and latents, in folders named by the digest of what they are of.
 
+    seconds-DIGEST/     how long a step of a training takes, measured
     KIND-DIGEST/        a training: of its config, seed, versions, device and whatever else is handed in
     latents-DIGEST/     of the autoencoder's weights, the rendered world, the clips' shapes
 
@@ -37,7 +38,7 @@ Say = Callable[[str], None]
 SEED = 0  # of what all cells share: the clips behind the latents, and the prompts and noise of the evaluation
 NUM_VALIDATION = 1024  # clips behind the held-out latents, at most
 WITHOUT_EFFECT = (  # keys of a config that change how a run is watched, placed or fed, and not what comes of it
-    *("seed", "autoencoder", "data.path", "data.validation_path", "data.num_workers", "sample.previews"),
+    *("seed", "autoencoder", "start_from", "data.path", "data.validation_path", "data.num_workers", "sample.previews"),
     *("mesh", "topology", "num_slices", "model.remat"),
     *("log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints", "profile"),
 )
@@ -52,14 +53,7 @@ def made_once(
     say: Say,
 ) -> epath.Path:
     """The folder of the finished training with this config; trains, or goes on, if it is not there."""
-    usual = base.defaults(config.kind)
-    decisive = {
-        key: value
-        for key, value in base.flat(config).items()
-        if not under(key, (*WITHOUT_EFFECT, *OF_SAMPLING)) and (key not in usual or value != usual[key])
-    }
-    device = jax.devices()[0].device_kind
-    name = f"{config.kind}-{short_digest(decisive, config.seed, versions(), device, *identity)}"
+    name = f"{config.kind}-{_digest_of_run(config, config.seed, *identity)}"
     with alone(shelf / name, say) as made:
         if not agreed((made / "model" / checkpoint.DESCRIPTION).exists()):
             say(f"  training {config.kind} in {made}")
@@ -67,6 +61,33 @@ def made_once(
             if jax.process_index() == 0 and (made / "checkpoints").exists():
                 (made / "checkpoints").rmtree()  # the model is exported, and there are many trainings
     return made
+
+
+def measured_once(
+    measure: Callable[[ConfigDict], float], config: ConfigDict, shelf: epath.Path, identity: Sequence[Any], say: Say
+) -> float:
+    """What a measurement of this config says, taken if it was not before: a cell that goes on keeps to it."""
+    config = config.copy_and_resolve_references()
+    config.total_steps, config.optimizer.learning_rate = 1_000, 1.0  # have no part in how long a step takes
+    with alone(shelf / f"seconds-{_digest_of_run(config, *identity)}", say) as folder:
+        path = folder / "seconds.json"
+        found = json.loads(path.read_text()) if agreed(path.exists()) else measure(config)
+        if jax.process_count() > 1:
+            found = float(multihost_utils.broadcast_one_to_all(np.asarray(found)))
+        if jax.process_index() == 0:
+            path.write_text(json.dumps(found))
+    return found
+
+
+def _digest_of_run(config: ConfigDict, *identity: Any) -> str:
+    """Of what a run with this config is of, but its seed."""
+    usual = base.defaults(config.kind)
+    decisive = {
+        key: value
+        for key, value in base.flat(config).items()
+        if not under(key, (*WITHOUT_EFFECT, *OF_SAMPLING)) and (key not in usual or value != usual[key])
+    }
+    return short_digest(decisive, versions(), jax.devices()[0].device_kind, *identity)
 
 
 def folder_of_latents(config: ConfigDict, digest: str, shelf: epath.Path) -> epath.Path:

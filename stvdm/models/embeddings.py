@@ -115,9 +115,9 @@ def rotate(x_BNAd: jax.Array, turns: Turns) -> jax.Array:
     return (x_BNAd * cos_N1d + swapped_BNAd * sin_N1d).astype(x_BNAd.dtype)
 
 
-def sincos_places(place_N3: jax.Array, width: int, *, theta: float = 1e4) -> jax.Array:
+def sincos_places(place_NX: jax.Array, width: int, *, theta: float = 1e4) -> jax.Array:
     """places_ND to add to tokens: the alternative to rotary, the same angles as cosines and sines (as in DiT)."""
-    angle_Nr = _angles(place_N3, width, theta)
+    angle_Nr = _angles(place_NX, width, theta)
     return jnp.concatenate([jnp.cos(angle_Nr), jnp.sin(angle_Nr)], axis=-1)
 
 

@@ -40,6 +40,7 @@ _PARTS = (  # where in a program -> part; the first that fits
     (r"/decoder\b", "decoder"),
     (r"Discriminator|FeatureNet", "critics"),
     (r"DiT", "patches, text and time"),
+    (r"UNet", "convolutions, text and time"),
 )
 
 
@@ -56,13 +57,17 @@ def count_flops(function: Any, *arguments: Any) -> dict[str, float]:
     return dict(sorted(counts.items(), key=lambda part: -part[1]))
 
 
-def model_flops(loss: Any, params: Any, batch: Any) -> float:
+def model_flops(loss: Any, params: Any, batch: Any, *, gradient: Any = None) -> float:
     """What utilisation is measured by: three times the FLOPs of the forward pass (PaLM, arXiv:2204.02311, appendix B).
 
     Args:
       loss: (params, batch, key) -> ...
       params, batch: arrays, or shapes alone.
+      gradient: of a training that leaves weights as they are, which takes less: (params, batch, key) -> ...; its own
+        FLOPs are counted, with what it computes again.
     """
+    if gradient is not None:
+        return sum(count_flops(gradient, params, batch, jax.random.key(0)).values())
     return 3.0 * sum(count_flops(loss, params, batch, jax.random.key(0)).values())
 
 

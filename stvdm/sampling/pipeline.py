@@ -33,8 +33,11 @@ from stvdm.models.autoencoder3d import Autoencoder
 from stvdm.models.dit import DiT
 from stvdm.models.quantized import quantized
 from stvdm.models.text_encoders import TextEncoder, WordTokenizer
+from stvdm.models.unet import UNet
 
 Tree = Any
+
+NETWORKS: dict[str, Any] = {"dit": DiT, "unet": UNet}  # what a config's model.network says
 
 SAMPLERS: dict[str, Callable[[flow.Path], samplers.Sampler]] = {
     "euler": lambda path: samplers.euler(),
@@ -47,7 +50,7 @@ SAMPLERS: dict[str, Callable[[flow.Path], samplers.Sampler]] = {
 class Models(NamedTuple):
     """The two networks that are trained together: a velocity of latents, and the text it listens to."""
 
-    dit: DiT
+    dit: DiT | UNet
     text: TextEncoder
 
     def predict(
@@ -78,9 +81,10 @@ def build(settings: Mapping[str, Any], *, latent_channels: int, num_words: int) 
     model = {
         name: tuple(value) if isinstance(value, list) else value for name, value in dict(settings["model"]).items()
     }
-    matmul = str(model.pop("matmul", ""))  # models of before it was a setting have none
+    # Models of before these were settings have none.
+    network, matmul = NETWORKS[str(model.pop("network", "dit"))], str(model.pop("matmul", ""))
     return Models(
-        dit=quantized(DiT(latent_channels=latent_channels, text_width=text["width"], **model), matmul),
+        dit=quantized(network(latent_channels=latent_channels, text_width=text["width"], **model), matmul),
         text=TextEncoder(vocabulary_size=num_words, **text),
     )
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -86,6 +86,7 @@ def program(config: ConfigDict, coder: Autoencoder) -> Program:
         )
 
     def loss(params: Tree, batch: Tree, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        params = state_lib.left_alone(params, config.train_only)
         key_noise, key_time, key_drop = jax.random.split(key, 3)
         latent, tokens, mask = batch["latent"], batch["tokens"], batch["mask"]
         B = latent.shape[0]
@@ -104,7 +105,7 @@ def program(config: ConfigDict, coder: Autoencoder) -> Program:
         return losses.mean(), {"velocity_mse": parts["velocity_mse"].mean()}
 
     # Step.
-    optimizer, rate = state_lib.make_optimizer(config.optimizer, config.total_steps)
+    optimizer, rate = state_lib.make_optimizer(config.optimizer, config.total_steps, train_only=config.train_only)
     dtype = jnp.dtype(config.model.dtype)
 
     def used(params: Tree) -> Tree:
@@ -142,7 +143,8 @@ def program(config: ConfigDict, coder: Autoencoder) -> Program:
         clips = batch["tokens"].shape[0]
         latent = batch["latent"].shape[1:4] if "latent" in batch else coder.latent_shape(batch["video"].shape[1:4])
         made = jax.ShapeDtypeStruct((clips, *latent, coder.latent_channels), jnp.float32)
-        flops = model_flops(loss, nn.unbox(jax.eval_shape(init)), {**batch, "latent": made})
+        params, batch = nn.unbox(jax.eval_shape(init)), {**batch, "latent": made}
+        flops = model_flops(loss, params, batch, gradient=gradient if config.train_only else None)
         return {
             "clips": clips,
             "tokens": clips * math.prod(shapes.token_grid(latent, config.model.patch)),
@@ -172,7 +174,8 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
         check_buckets(config, coder)
         batches, held_out = state_lib.open_batches(config, mesh)
         check_latents(config, coder_description)
-        config = base.with_words(config, words_of(config, before, batches))
+        start = start_of(config.start_from, coder_params) if config.start_from and before is None else None
+        config = base.with_words(config, words_of(config, before, start, batches))
         settings = config.to_dict()
         tokenizer = WordTokenizer(tuple(config.text.words), config.text.max_tokens)
         previews = previews_of(config, tokenizer, held_out)
@@ -180,6 +183,9 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
         # Restore or initialise.
         run = program(config, coder)
         state, first_step = state_lib.resume(checkpoints, config, run, mesh, position=batches.position)
+        fresh: list[str] = []
+        if start is not None:
+            state, fresh = state_lib.start_from(state, start.weights)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
         frozen = jax.device_put(frozen_weights(config, coder_params), sharding.replicated(mesh))
         train_step = jax.jit(run.step, donate_argnums=0, out_shardings=(shardings, None))
@@ -227,6 +233,8 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
             telemetry.say(report)
             num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
             telemetry.say(f"{num_params:,} parameters, a vocabulary of {len(config.text.words)} words")
+            if fresh:
+                telemetry.say(f"not in {config.start_from}, so they start fresh: {', '.join(fresh)}")
             for change in state_lib.changed_settings(before or settings, settings):
                 telemetry.say(change)
             for step in range(first_step, config.total_steps):
@@ -273,6 +281,31 @@ def load_autoencoder(path: epath.PathLike) -> tuple[Tree, dict[str, Any]]:
     return {name: params[name] for name in ("autoencoder", "statistics")}, description
 
 
+class Start(NamedTuple):
+    """A trained model that a training starts from."""
+
+    weights: Tree  # {"dit", "text"}
+    words: tuple[str, ...]
+
+
+def start_of(path: epath.PathLike, coder_params: Tree) -> Start:
+    """The model in a folder.
+
+    Raises:
+      ValueError: if it is an autoencoder alone, or its latents are of another one than these.
+    """
+    params, description = checkpoint.load_model(pipeline.model_folder(path))
+    if description["kind"] != "dit":
+        raise ValueError(f"start_from={str(path)!r}: a model of kind {description['kind']!r}, expected 'dit'.")
+    ours, theirs = coder_params["statistics"], params["statistics"]
+    if not all(np.array_equal(ours[name], theirs[name]) for name in ours):
+        raise ValueError(
+            f"start_from={str(path)!r}: it was trained on the latents of another autoencoder, expected that of this "
+            "config; name the one in that folder as `autoencoder`, or start from another model."
+        )
+    return Start({name: params[name] for name in ("dit", "text")}, tuple(description["config"]["text"]["words"]))
+
+
 def frozen_weights(config: ConfigDict, coder_params: Tree) -> Tree:
     """What a step reads of an autoencoder: of latents that are ready, their statistics alone."""
     names = ("statistics",) if config.data.source == "latents" else ("autoencoder", "statistics")
@@ -293,11 +326,25 @@ def latent_reader(coder: Autoencoder, *, ready: bool) -> Callable[[Tree, Tree], 
     return read
 
 
-def words_of(config: ConfigDict, before: dict[str, Any] | None, batches: Loader) -> tuple[str, ...]:
-    """The vocabulary: of the checkpoint, of the config, or of the training captions, in this order."""
+def words_of(
+    config: ConfigDict, before: dict[str, Any] | None, start: Start | None, batches: Loader
+) -> tuple[str, ...]:
+    """The vocabulary: of the checkpoint, the model that is started from, the config or the training captions.
+
+    Raises:
+      ValueError: if the config names other words than the model that it starts from reads.
+    """
+    words = tuple(config.text.words)
     if before is not None:
         return tuple(before["text"]["words"])
-    return tuple(config.text.words) or collect_words(itertools.islice(batches.captions(), MAX_CAPTIONS))
+    if start is not None:
+        if words not in ((), start.words):
+            raise ValueError(
+                f"text.words: {len(words)} words, expected none, or the {len(start.words)} of the model in "
+                f"start_from={config.start_from!r} in their order."
+            )
+        return start.words
+    return words or collect_words(itertools.islice(batches.captions(), MAX_CAPTIONS))
 
 
 def check_buckets(config: ConfigDict, coder: autoencoder3d.Autoencoder) -> None:

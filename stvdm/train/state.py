@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
+from flax import traverse_util
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -212,12 +214,17 @@ def stream(seed: int, step: jax.Array | int, purpose: str) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), name), step)
 
 
-def make_optimizer(config: ConfigDict, total_steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
+def make_optimizer(
+    config: ConfigDict, total_steps: int, *, train_only: str = ""
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The optimiser of ``config.optimizer`` and the schedule of its learning rate.
 
     Muon (Jordan 2024) orthogonalises the updates of matrices, here also of stacked layers and of convolutions seen as
     (taps x in, out) matrices, scaled to AdamW's size (Liu 2025); vectors and tables go to AdamW. Weight decay pulls
     on no vector, and with Muon on its matrices alone.
+
+    Args:
+      train_only: what `are_trained` goes by; other parameters have no moments and stay as they are.
     """
     peak, final = config.learning_rate, config.learning_rate * config.final_fraction
     after = max(1, total_steps - config.warmup_steps)
@@ -244,7 +251,79 @@ def make_optimizer(config: ConfigDict, total_steps: int) -> tuple[optax.Gradient
             muon_weight_dimension_numbers=_matrices,
             consistent_rms=0.2,
         )
+    if train_only:
+        descent = optax.partition(
+            {"trained": descent, "left": optax.set_to_zero()},
+            lambda params: jax.tree.map(lambda yes: "trained" if yes else "left", _found_in(params, train_only)),
+        )
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), descent), rate
+
+
+def are_trained(params: Tree, train_only: str) -> Tree:
+    """For each parameter whether a regular expression is found in its path, as "dit/down_0_0_temporal/mlp_in/kernel".
+
+    Raises:
+      ValueError: if it is found in none.
+    """
+    found = _found_in(params, train_only)
+    if not any(jax.tree.leaves(found)):
+        some = ", ".join(list(traverse_util.flatten_dict(params, sep="/"))[:3])
+        raise ValueError(f"train_only={train_only!r}: found in no parameter's path; they are like {some}.")
+    return found
+
+
+def _found_in(params: Tree, train_only: str) -> Tree:
+    """Also of the single leaf by which Optax finds out where in its state parameters are."""
+
+    def one(path: tuple[Any, ...], _: Any) -> bool:
+        return re.search(train_only, "/".join(entry.key for entry in path)) is not None
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def left_alone(params: Tree, train_only: str) -> Tree:
+    """The parameters, those that are not trained without a gradient, so that none is computed."""
+    if not train_only:
+        return params
+    return jax.tree.map(
+        lambda leaf, yes: leaf if yes else jax.lax.stop_gradient(leaf), params, are_trained(params, train_only)
+    )
+
+
+def start_from(state: State, weights: Tree) -> tuple[State, list[str]]:
+    """A fresh state with these weights, in the average too, laid out as it is; and the modules that stay fresh.
+
+    Args:
+      weights: host arrays in nested dicts, as `checkpoint.load_model` gives them: some of the parameters, or all.
+
+    Raises:
+      ValueError: for weights that the state has no place for, or of other shapes.
+    """
+    fresh = traverse_util.flatten_dict(state.params, sep="/")
+    given = traverse_util.flatten_dict(weights, sep="/")
+    wrong = [
+        f"{path} is {leaf.shape}, expected {fresh[path].shape if path in fresh else 'none'}"
+        for path, leaf in given.items()
+        if path not in fresh or leaf.shape != fresh[path].shape
+    ]
+    if wrong:
+        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(
+            f"start_from: these weights do not fit the model of this config: {'; '.join(wrong[:3])}{more}. "
+            "Make its config.model and config.text those of the model that they come from, or only add to them."
+        )
+
+    def replaced(params: Tree) -> Tree:
+        def one(path: tuple[str, ...], leaf: jax.Array) -> jax.Array:
+            if (name := "/".join(path)) not in given:
+                return leaf
+            whole = np.asarray(given[name], leaf.dtype)
+            return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: whole[index])
+
+        return traverse_util.path_aware_map(one, params)
+
+    state = state._replace(params=replaced(state.params), ema=replaced(state.ema))
+    return state, sorted({"/".join(path.split("/")[:2]) for path in fresh.keys() - given.keys()})
 
 
 def initialise(program: Program, mesh: Mesh) -> tuple[State, State]:
@@ -298,7 +377,7 @@ def update(
     params = optax.apply_updates(state.params, updates)
     taken = (state.step - state.num_skipped).astype(jnp.float32)
     decay = jnp.minimum(ema_decay, (1 + taken) / (10 + taken))
-    ema = jax.tree.map(lambda average, p: decay * average + (1 - decay) * p, state.ema, params)
+    ema = jax.tree.map(lambda average, p: average + (1 - decay) * (p - average), state.ema, params)
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
     new = State(
         step=state.step + 1,

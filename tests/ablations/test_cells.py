@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cells: what is run, what is skipped, what is shared, what is refused; and one that really runs."""
 
+import dataclasses
 import json
 
 import jax
@@ -117,12 +118,31 @@ def test_how_a_run_is_watched_and_where_it_lies_is_no_condition(question, tiny_b
 
 
 def test_a_variant_edits_a_copy_and_says_what_it_changed(question, tiny_bases):
-    prepared = cells.prepared(question, tiny_bases, "frame", 4)
+    (prepared,) = cells.prepared(question, tiny_bases, "frame", 4)
     assert (prepared.dit.seed, tiny_bases.dit.seed) == (4, 0)
-    assert cells.edit_of(tiny_bases, prepared, with_autoencoder=True) == {
+    assert cells.edit_of(tiny_bases, [prepared], with_autoencoder=True) == {
         "dit.model.attention": ("frame",),
         "dit.model.positions": "sincos",
     }
+
+
+def test_a_training_in_stages_says_what_each_changed(question, tiny_bases):
+    halves = (edits.Stage(0.5, edits.attend("frame")), edits.Stage(0.5, edits.as_it_is))
+    question = dataclasses.replace(question, variants={**question.variants, "both": halves})
+    runs = cells.prepared(question, tiny_bases, "both", 4)
+    assert cells.edit_of(tiny_bases, runs, with_autoencoder=False) == {
+        "1.dit.model.attention": ("frame",),
+        "1.dit.model.positions": "sincos",
+    }
+
+
+def test_a_budget_buys_steps_at_their_price(question, tiny_bases):
+    tiny_bases.dit.total_steps = 100
+    stages = (edits.Stage(0.2, edits.attend("frame")), edits.Stage(0.8, edits.as_it_is))
+    question = dataclasses.replace(question, variants={"both": stages})
+    runs = cells.prepared(question, tiny_bases, "both", 0)
+    cells.share_out(tiny_bases, runs, stages, lambda config: 2.0 if "frame" in config.model.attention else 3.0)
+    assert [run.dit.total_steps for run in runs] == [30, 80]  # 0.2 * 100 * 3 / 2, and 0.8 * 100
 
 
 def test_a_longer_clip_has_whole_latents_and_a_plan_of_its_length(tiny_model):
@@ -200,6 +220,22 @@ def test_a_key_with_its_default_makes_no_other_training(tiny_bases, trained, tmp
     assert shelf.made_once(trained, config, place, [], quiet) == first
     config.model.invented = 2
     assert shelf.made_once(trained, config, place, [], quiet) != first
+
+
+def test_a_measurement_is_taken_once_and_kept(tiny_bases, tmp_path):
+    taken = []
+
+    def measure(config):
+        taken.append(config)
+        return 0.5 + len(taken)
+
+    place = shelf.epath.Path(tmp_path)
+    config = tiny_bases.dit
+    found = shelf.measured_once(measure, config, place, ["ae"], quiet)
+    config.seed, config.total_steps, config.optimizer.learning_rate, config.log_every = 3, 9, 0.1, 7
+    assert shelf.measured_once(measure, config, place, ["ae"], quiet) == found == 1.5
+    config.optimizer.name = "muon"
+    assert shelf.measured_once(measure, config, place, ["ae"], quiet) == 2.5
 
 
 def test_a_training_cut_short_is_called_again(tiny_bases, trained, tmp_path):

@@ -43,6 +43,20 @@ def test_a_pattern_costs_the_pairs_that_it_sees(tiny):
     )
 
 
+@pytest.mark.slow
+def test_seconds_are_those_of_real_steps(tiny, monkeypatch):
+    """By a clock that moves on by a second when it is looked at, and a third as fast for images."""
+    config, coder = tiny
+    config.data.buckets = ((5, 32, 32, 8, 3.0), (1, 32, 32, 8, 1.0))
+    config.model.width, config.model.num_layers, config.model.mlp_width = 24, 1, 24
+    looked = []
+    monkeypatch.setattr(
+        cost.time, "perf_counter", lambda: looked.append(0) or len(looked) * (1 if len(looked) < 11 else 3)
+    )
+    assert cost.seconds_per_step(config, coder, num=3) == pytest.approx((3 * 1 + 3) / 4)
+    assert len(looked) == 20
+
+
 def test_a_step_costs_the_mean_of_its_buckets(tiny):
     config, coder = tiny
     clips = cost.training_flops(config, coder)

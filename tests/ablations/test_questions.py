@@ -40,15 +40,18 @@ def test_claims_are_about_what_is_run_and_shown(name):
 @pytest.mark.parametrize("name, variant", VARIANTS)
 def test_every_variant_of_every_size_is_a_config_that_can_run(name, variant, size, bases):
     question = QUESTIONS[name]
-    run = cells.prepared(question, bases(size), variant, seed=3)
-    base.validate(run.dit)
-    base.validate(run.autoencoder)
-    coder = pipeline.autoencoder_of(run.autoencoder.model.to_dict())
-    for bucket in run.dit.data.buckets:
-        assert math.prod(cost.grid_of(run.dit, coder, bucket)) >= 1  # whole latents, and whole patches of them
-    assert (run.dit.seed, run.autoencoder.seed) == (3, 3)
+    runs = cells.prepared(question, bases(size), variant, seed=3)
+    assert sum(stage.share for stage in question.stages(variant)) == pytest.approx(1.0)
+    for number, run in enumerate(runs):
+        run.dit.start_from = "the stage before" if number else ""
+        base.validate(run.dit)
+        base.validate(run.autoencoder)
+        coder = pipeline.autoencoder_of(run.autoencoder.model.to_dict())
+        for bucket in run.dit.data.buckets:
+            assert math.prod(cost.grid_of(run.dit, coder, bucket)) >= 1  # whole latents, and whole patches of them
+        assert (run.dit.seed, run.autoencoder.seed) == (3, 3)
     assert question.trains_autoencoder or not any(
-        key.startswith("autoencoder") for key in cells.edit_of(bases(size), run, with_autoencoder=True)
+        ".autoencoder" in f".{key}" for key in cells.edit_of(bases(size), runs, with_autoencoder=True)
     )
 
 
@@ -56,15 +59,15 @@ def test_every_variant_of_every_size_is_a_config_that_can_run(name, variant, siz
 def test_variants_differ(name, bases):
     found = bases("tiny")
     runs = {variant: cells.prepared(QUESTIONS[name], found, variant, 0) for variant in QUESTIONS[name].variants}
-    changes = [str(cells.edit_of(found, run, with_autoencoder=True)) for run in runs.values()]
+    changes = [str(cells.edit_of(found, each, with_autoencoder=True)) for each in runs.values()]
     assert len(set(changes)) == len(changes)
-    assert cells.edit_of(found, bases("tiny"), with_autoencoder=True) == {}  # edits leave the bases alone
+    assert cells.edit_of(found, [bases("tiny")], with_autoencoder=True) == {}  # edits leave the bases alone
 
 
 def test_text_paths_have_equal_parameters(bases):
     sizes = {}
     for variant in QUESTIONS["text"].variants:
-        config = cells.prepared(QUESTIONS["text"], bases("tiny"), variant, 0).dit
+        config = cells.prepared(QUESTIONS["text"], bases("tiny"), variant, 0)[0].dit
         dit = pipeline.build(config.to_dict(), latent_channels=8, num_words=50).dit
         text = jnp.zeros((1, 40, config.text.width))
         made = jax.eval_shape(dit.init, jax.random.key(0), jnp.zeros((1, 5, 8, 8, 8)), jnp.zeros((1, 1)), None, text)
@@ -72,17 +75,34 @@ def test_text_paths_have_equal_parameters(bases):
     assert sizes["joint"] == pytest.approx(sizes["cross"], rel=0.005)
 
 
+def test_the_unet_has_about_the_parameters_of_the_transformer(bases):
+    """And in all stages the same, but for its layers over time."""
+    sizes = {}
+    for variant in ("dit", "unet", "images_alone"):
+        (run,) = cells.prepared(QUESTIONS["bolted_on"], bases("tiny"), variant, 0)
+        network = pipeline.build(run.dit.to_dict(), latent_channels=8, num_words=50).dit
+        text = jnp.zeros((1, 40, run.dit.text.width))
+        made = jax.eval_shape(
+            network.init, jax.random.key(0), jnp.zeros((1, 5, 8, 8, 8)), jnp.zeros((1, 1)), None, text
+        )
+        sizes[variant] = sum(leaf.size for leaf in jax.tree.leaves(nn.unbox(made)))
+    assert 0.7 < sizes["unet"] / sizes["dit"] < 1.4
+    assert sizes["images_alone"] < sizes["unet"]
+    images, clips = cells.prepared(QUESTIONS["bolted_on"], bases("tiny"), "bolted_on", 0)
+    assert (images.dit.model.temporal, clips.dit.model.temporal, clips.dit.train_only) == (False, True, "temporal")
+
+
 def test_patterns_of_attention_differ_in_nothing_else(bases):
     question, found = QUESTIONS["attention"], bases("tiny")
     for variant in question.variants:
-        config = cells.prepared(question, found, variant, 0).dit
+        config = cells.prepared(question, found, variant, 0)[0].dit
         assert config.model.positions == "sincos"  # of which a frame alone reads its time
 
 
 def test_an_autoencoder_by_frames_has_about_as_many_latent_values(bases):
     values = {}
     for variant in QUESTIONS["autoencoder"].variants:
-        run = cells.prepared(QUESTIONS["autoencoder"], bases("tiny"), variant, 0)
+        (run,) = cells.prepared(QUESTIONS["autoencoder"], bases("tiny"), variant, 0)
         coder = pipeline.autoencoder_of(run.autoencoder.model.to_dict())
         T, H, W = run.dit.data.buckets[0][:3]
         assert tuple(run.autoencoder.data.buckets[0][:3]) == (T, H, W)

@@ -7,9 +7,11 @@ import jax
 import numpy as np
 import pytest
 import runs
+from flax import traverse_util
 from runs import losses_and_gradients
 
 from stvdm import checkpoint
+from stvdm import config as base
 from stvdm.data import records
 from stvdm.sampling.pipeline import Pipeline
 from stvdm.train import autoencoder, dit
@@ -142,3 +144,40 @@ def test_the_workdir_of_the_other_training_is_refused(dit_config, autoencoder_co
 def test_accumulation_takes_the_same_kind_of_step(dit_config, tmp_path, one_device):
     dit.main(dit_config(total_steps=2, optimizer__accumulate=4), tmp_path)
     assert np.isfinite(_losses(tmp_path)).all()
+
+
+@pytest.mark.slow
+def test_an_image_model_has_time_bolted_on(dit_config, tmp_path, one_device, monkeypatch):
+    """A U-Net of frames is trained; then layers over time and nothing else, from its weights."""
+
+    def config(**changes):
+        made = dit_config(total_steps=2, **changes)
+        model = base.unet().model
+        model.update(width=16, num_heads=2, patch=(1, 2, 2), num_blocks=0, temporal=bool(made.start_from))
+        with made.unlocked():
+            made.model = model
+        return made
+
+    said = []
+    monkeypatch.setattr(Telemetry, "say", lambda self, text: said.append(text))
+    dit.main(config(), tmp_path / "images")
+    dit.main(config(start_from=str(tmp_path / "images"), train_only="temporal|conv_out"), tmp_path / "clips")
+    assert any(text.endswith("dit/middle_temporal, dit/up_0_0_temporal, dit/up_1_0_temporal") for text in said)
+    images, clips = (checkpoint.load_model(tmp_path / name / "model")[0] for name in ("images", "clips"))
+    images, clips = (traverse_util.flatten_dict(one, sep="/") for one in (images, clips))
+    trained = {name for name in clips if name not in images or not np.array_equal(images[name], clips[name])}
+    assert trained == {name for name in clips if "temporal" in name or name.startswith("dit/conv_out")}
+    assert images.keys() < clips.keys()
+    videos = Pipeline.load(tmp_path / "clips").generate(["a red ball bounces to the right"]).videos
+    assert videos.shape == (1, 5, 16, 16, 3)
+
+
+def test_where_a_training_may_start_from(dit_config, autoencoder_config, tiny_model, tmp_path, one_device):
+    autoencoder.main(autoencoder_config(total_steps=1), tmp_path / "autoencoder")
+    with pytest.raises(ValueError, match="a model of kind 'autoencoder', expected 'dit'"):
+        dit.main(dit_config(start_from=str(tmp_path / "autoencoder")), tmp_path / "a")
+    of_another = dit_config(start_from=str(tiny_model), autoencoder=str(tmp_path / "autoencoder"))
+    with pytest.raises(ValueError, match="on the latents of another autoencoder"):
+        dit.main(of_another, tmp_path / "b")
+    with pytest.raises(ValueError, match=r"text.words: 1 words, expected none, or the \d+ of the model"):
+        dit.main(dit_config(start_from=str(tiny_model), text__words=("red",)), tmp_path / "c")

@@ -303,3 +303,53 @@ def test_streams_differ_by_seed_step_and_purpose_and_repeat():
     base_draw = draw(0, 5, "noise")
     assert draw(0, 5, "noise") == base_draw
     assert len({base_draw, draw(1, 5, "noise"), draw(0, 6, "noise"), draw(0, 5, "times")}) == 4
+
+
+# --- starting from weights, and training some ------------------------------------------------------------------------
+
+
+def test_a_run_starts_from_weights_and_says_what_is_fresh():
+    mesh = sharding.make_mesh(fsdp=4, tensor=2)
+    state, _ = state_lib.initialise(_program(), mesh)
+    weights = {"kernel": np.full((8, 4), 7.0, np.float32), "layers": {"kernel": np.full((2, 8, 8), 3.0, np.float32)}}
+    found, fresh = state_lib.start_from(state, weights)
+    assert fresh == ["bias"]
+    for params in (found.params, found.ema):
+        jax.tree.map(np.testing.assert_array_equal, {k: params[k] for k in weights}, weights)
+        np.testing.assert_array_equal(params["bias"], state.params["bias"])
+        assert jax.tree.all(jax.tree.map(lambda a, b: a.sharding == b.sharding, params, state.params))
+    assert found.step == 0 and found.opt_state is state.opt_state
+
+
+def test_weights_that_have_no_place_are_refused():
+    state, _ = state_lib.initialise(_program(), sharding.make_mesh())
+    weights = {"kernel": np.zeros((8, 5), np.float32), "bias": np.zeros(4, np.float32), "more": np.zeros(2, np.float32)}
+    with pytest.raises(
+        ValueError, match=r"kernel is \(8, 5\), expected \(8, 4\); more is \(2,\), expected none\. Make"
+    ):
+        state_lib.start_from(state, weights)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_what_is_not_trained_stays_has_no_moments_and_no_say_in_clipping(name):
+    settings = _settings(name, weight_decay=0.1, clip_norm=0.01)
+    optimizer, _ = state_lib.make_optimizer(settings, 10, train_only="^kernel|bias")
+    program = _program()._replace(optimizer=optimizer)
+    state, _ = state_lib.initialise(program, sharding.make_mesh(fsdp=4, tensor=2))
+
+    def loss(params, batch, key):
+        used = state_lib.left_alone(params, "^kernel|bias")
+        return jnp.mean(jnp.square(Net().apply({"params": used}, batch["x"]) - 1)), {}
+
+    gradient = jax.jit(state_lib.accumulated_grad(loss, 1))
+    grads, metrics = gradient(state.params, {"x": X}, jax.random.key(0))
+    assert not np.any(grads["layers"]["kernel"]) and np.any(grads["kernel"])
+    after, _ = state_lib.update(state, grads, loss=metrics["loss"], optimizer=optimizer, ema_decay=0.9)
+    np.testing.assert_array_equal(after.params["layers"]["kernel"], state.params["layers"]["kernel"])
+    assert not np.array_equal(after.params["kernel"], state.params["kernel"])
+    assert (2, 8, 8) not in {leaf.shape for leaf in jax.tree.leaves(state.opt_state)}
+
+
+def test_training_nothing_is_refused():
+    with pytest.raises(ValueError, match="train_only='temporl': found in no parameter's path; they are like .*kernel"):
+        state_lib.are_trained(_start()[0].params, "temporl")
