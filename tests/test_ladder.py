@@ -22,6 +22,7 @@ LADDER = """
     models.dit
     models.quantized
     models.causal_conv
+    models.unet
     models.tiling
     models.autoencoder3d
     models.text_encoders
