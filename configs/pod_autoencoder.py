@@ -5,9 +5,16 @@
     stvdm train autoencoder --config=configs/pod_autoencoder.py:480p-v5p --workdir=gs://BUCKET/autoencoder \
         --config.data.path=/mnt/videos
 
-Expects a folder of your own videos (`data.path`). **Unproven**: made for these slices, never run on one.
+Expects a folder of your own videos (`data.path`). **Unproven**: compiled for these slices, never run on one.
 
-    stvdm plan --config=configs/pod_autoencoder.py --variants        what each of them needs, as a table
+    stvdm plan --config=configs/pod_autoencoder.py --variants --quick
+
+what each of them needs at the peak of what a device has, how long no step is shorter than, and the MFU at that:
+
+    256p-v5e     12.34 of 15.75 GiB   0.63 s   75%
+    480p-v5p     30.17 of 95.74 GiB  0.414 s   75%
+    480p-v6e     19.11 of 31.25 GiB  0.207 s   75%
+    720p-tpu7x   23.92 of 94.75 GiB  0.129 s   75%
 """
 
 from typing import NamedTuple

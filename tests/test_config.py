@@ -7,6 +7,8 @@ import pathlib
 import pytest
 
 from stvdm import config as base
+from stvdm.planning import report
+from stvdm.sharding import MESH_AXES
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
@@ -111,6 +113,22 @@ def test_every_config_is_valid_in_every_variant(path):
         config = module.get_config(variant)
         base.validate(config)
         assert "stvdm" in module.__doc__  # a config says with which command it is used
+
+
+@pytest.mark.parametrize("name", ["pod_dit", "pod_autoencoder"])
+def test_docstrings_and_table_tell_the_same_plans(name):
+    lines = (CONFIGS / "README.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
+    table = {row[0].strip("`"): dict(zip(report.COLUMNS, row, strict=True)) for row in rows}
+    module = load(CONFIGS / f"{name}.py")
+    told = {line.split()[0]: line.split()[1:] for line in module.__doc__.splitlines() if " GiB " in line}
+    assert "unproven" in module.__doc__.lower()
+    assert list(told) == list(module.VARIANTS)
+    for variant, (config, row) in ((v, (module.get_config(v), table[v])) for v in module.VARIANTS):
+        expected = [*row["GiB a device"].split(), "GiB", *row["least step"].split(), row["MFU at that"]]
+        assert told[variant] == expected
+        assert config.topology in row["slice"]
+        assert row["mesh"] == report.mesh_text({axis: config.mesh[axis] for axis in MESH_AXES})
 
 
 def test_the_bundled_model_has_one_world():
