@@ -76,13 +76,18 @@ def main(
     expected = conditions(question, bases, size=size, num=num, batch=batch)
     if not mixed:
         results.check(results.read(target), expected=expected)
+    held: dict[str, evaluation.HeldOut] = {}
     for number, (variant, seed) in enumerate(wanted, start=1):
         name = f"{question.name} {variant}:{seed} ({number} of {len(wanted)})"
         if agreed(results.file_of(target, variant, seed).exists()):
             say(f"{name}: done before")
             continue
         say(f"{name}: starts")
-        measured, sheet = run_cell(question, bases, variant, seed, num=num, batch=batch, workdir=workdir, say=say)
+        if question.trains_autoencoder:
+            held.clear()  # each cell sees clips through its own
+        measured, sheet = run_cell(
+            question, bases, variant, seed, num=num, batch=batch, workdir=workdir, held=held, say=say
+        )
         words = ["stvdm", "ablate", question.name, f"--size={size}", f"--cell={variant}:{seed}", *options]
         if jax.process_index() == 0:
             result = {"question": question.name, "size": size, "variant": variant, "seed": seed}
@@ -129,9 +134,13 @@ def run_cell(
     num: int,
     batch: int,
     workdir: epath.PathLike,
+    held: dict[str, evaluation.HeldOut] | None = None,
     say: Say,
 ) -> tuple[dict[str, Any], bytes | None]:
-    """Trains and evaluates; returns what is measured, and a picture of the first clips (PNG). Writes to ``workdir``."""
+    """Trains and evaluates; returns what is measured, and a picture of the first clips (PNG). Writes to ``workdir``.
+
+    Clips to evaluate with are taken from ``held``, and left there for the next cell.
+    """
     shelf = epath.Path(workdir).expanduser()
     runs = prepared(question, bases, variant, seed)
     curves: dict[str, list[list[float]]] = {}
@@ -205,7 +214,8 @@ def run_cell(
     }
     measured["model_sha256"] = loaded.digest
     began = time.monotonic()
-    measured["samplings"], sheet = sampled(question, loaded, last, num=num, batch=batch, say=say)
+    held = {} if held is None else held
+    measured["samplings"], sheet = sampled(question, loaded, last, digest, held, num=num, batch=batch, say=say)
     seconds["evaluation"] = time.monotonic() - began
     jax.clear_caches()  # hundreds of compiled programs, in a grid
     return measured, sheet
@@ -219,17 +229,29 @@ def share_out(bases: Run, runs: Sequence[Run], stages: Sequence[Stage], price: C
 
 
 def sampled(
-    question: Question, loaded: Pipeline, config: ConfigDict, *, num: int, batch: int, say: Say
+    question: Question,
+    loaded: Pipeline,
+    config: ConfigDict,
+    digest: str,
+    held: dict[str, evaluation.HeldOut],
+    *,
+    num: int,
+    batch: int,
+    say: Say,
 ) -> tuple[dict[str, Any], bytes]:
-    """Way of sampling -> its scores, and a picture of clips of the first."""
+    """Way of sampling -> its scores, and a picture of clips of the first.
+
+    Args:
+      digest: of the autoencoder's weights.
+      held: what is held out, shared by all that ask for the same clips through the same autoencoder.
+    """
     found: dict[str, Any] = {}
-    held: dict[str, evaluation.HeldOut] = {}  # ways of sampling that ask for the same clips share them
     sheet = b""
     for name, sampling in question.samplings.items():
         say(f"  sampling {num} clips: {name}")
         supervisor.beat()
         asked = clips_asked_for(loaded, sampling)
-        key = json.dumps(asked, sort_keys=True)
+        key = json.dumps([digest, loaded.default_shape, loaded.fps, loaded.settings["data"]["world"], asked])
         if key not in held:
             held[key] = evaluation.hold_out(loaded, num=num, seed=SEED, batch=batch, **asked)
         report, result = evaluation.measure(

@@ -315,7 +315,14 @@ def test_a_grid_from_configs_to_report(tiny_bases, tmp_path, monkeypatch):
         scores=("all_right", "frame_change", "flow_loss"),
         claims=(Claim("with_images", "video", "flow_loss", "it helps", higher=False),),
     )
+    lengths, hold_out = [], cells.evaluation.hold_out
+    monkeypatch.setattr(
+        cells.evaluation,
+        "hold_out",
+        lambda *a, **options: (lengths.append(options["num_frames"]), hold_out(*a, **options))[1],
+    )
     folder = run(question, tiny_bases, tmp_path, num_seeds=1, num=4, batch=2)
+    assert len(lengths) == 2 == len(set(lengths))  # once for each length, in all cells and ways of sampling
     video, images = sorted(results.read(folder), key=lambda one: one["variant"])
     assert (video["edit"], video["cost"]["steps"]) == ({}, 4)
     assert images["edit"]["dit.total_steps"] == images["cost"]["steps"] > 4
