@@ -51,6 +51,8 @@ LADDER = """
     evaluation.physics
     evaluation.distributions
     evaluation.vbench
+    evaluation.block_matching
+    evaluation.damage
     evaluation.run
     planning.chips
     planning.cache
