@@ -46,6 +46,7 @@ LADDER = """
     sampling.pipeline
     interop.mapping
     interop.diffusers
+    evaluation.result_file
     evaluation.metrics
     evaluation.tracking
     evaluation.physics
@@ -53,6 +54,8 @@ LADDER = """
     evaluation.vbench
     evaluation.block_matching
     evaluation.damage
+    evaluation.instruments
+    evaluation.agreement
     evaluation.run
     planning.chips
     planning.cache
