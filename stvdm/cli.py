@@ -360,11 +360,30 @@ def _add_evaluate(commands: Any) -> None:
     _add_sampling(command)
     command.add_argument("--num", type=_count, default=200, metavar="N", help="held-out prompts (default 200)")
     command.add_argument("--batch", type=_count, default=16, metavar="B", help="clips sampled at once (default 16)")
-    command.add_argument("--output", default="results.json", metavar="FILE", help="default: results.json")
+    command.add_argument(
+        "--damage",
+        action="store_true",
+        help="evaluate the metrics in place of a model: do they see damage of known kind and strength to real clips?",
+    )
+    command.add_argument(
+        "--output", metavar="PATH", help="default: results.json; with --damage a folder, default: outputs/damage"
+    )
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    if args.damage:
+        _refuse_without_effect(args, "--damage, which samples no model")
     _compilation_cache()
+    if args.damage:
+        from stvdm.evaluation import agreement
+
+        agreement.main(
+            num=args.num,
+            seed=args.seed,
+            output=args.output or "outputs/damage",
+            command=shlex.join(["stvdm", *args.argv]),
+        )
+        return
     from stvdm.evaluation import run
 
     run.main(
@@ -375,8 +394,16 @@ def _evaluate(args: argparse.Namespace) -> None:
         guidance=args.guidance,
         sampler=args.sampler,
         batch=args.batch,
-        output=args.output,
+        output=args.output or "results.json",
     )
+
+
+def _refuse_without_effect(args: argparse.Namespace, beside: str) -> None:
+    """Options of sampling that were given although nothing is sampled."""
+    usual = {"checkpoint": BUNDLED, "steps": None, "guidance": None, "sampler": None, "batch": 16}
+    given = [f"--{name}={getattr(args, name)}" for name, value in usual.items() if getattr(args, name) != value]
+    if given:
+        raise ValueError(f"{' '.join(given)}: without effect beside {beside}, so leave it out")
 
 
 # -------------------------------------------------------------------------------------------------------------- ablate

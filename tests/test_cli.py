@@ -68,6 +68,7 @@ def calls(stand_in):
     stand_in("stvdm.train.autoencoder", main=note("autoencoder"))
     stand_in("stvdm.train.dit", main=note("dit"))
     stand_in("stvdm.evaluation.run", main=note("evaluate"))
+    stand_in("stvdm.evaluation.agreement", main=note("damage"))
     return noted
 
 
@@ -362,6 +363,23 @@ def test_evaluate_passes_everything_on(calls):
         "batch": 16,
         "output": "r.json",
     }
+
+
+def test_evaluate_writes_where_it_always_did(calls):
+    assert cli.main(["evaluate"]) == 0
+    assert calls[0][2]["output"] == "results.json" and calls[0][2]["num"] == 200
+
+
+def test_evaluate_damage_goes_to_the_metrics(calls):
+    words = ["evaluate", "--damage", "--num=20", "--seed=3", "--output=a folder"]
+    assert cli.main(words) == 0
+    command = "stvdm evaluate --damage --num=20 --seed=3 '--output=a folder'"
+    assert calls == [("damage", (), {"num": 20, "seed": 3, "output": "a folder", "command": command})]
+
+
+def test_evaluate_damage_refuses_options_of_sampling(calls, capsys):
+    said = failure(capsys, "evaluate", "--damage", "--steps=5", "--guidance=2")
+    assert "--steps=5 --guidance=2.0: without effect beside --damage" in said and not calls
 
 
 # -------------------------------------------------------------------------------------------------------------- ablate

@@ -46,11 +46,16 @@ LADDER = """
     sampling.pipeline
     interop.mapping
     interop.diffusers
+    evaluation.result_file
     evaluation.metrics
     evaluation.tracking
     evaluation.physics
     evaluation.distributions
     evaluation.vbench
+    evaluation.block_matching
+    evaluation.damage
+    evaluation.instruments
+    evaluation.agreement
     evaluation.run
     planning.chips
     planning.cache
