@@ -361,6 +361,9 @@ def _add_evaluate(commands: Any) -> None:
     command.add_argument("--num", type=_count, default=200, metavar="N", help="held-out prompts (default 200)")
     command.add_argument("--batch", type=_count, default=16, metavar="B", help="clips sampled at once (default 16)")
     command.add_argument("--output", default="results.json", metavar="FILE", help="default: results.json")
+    command.add_argument(
+        "--features", metavar="DIR", help="adds scores over published networks whose safetensors lie in DIR: clip/"
+    )
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -376,6 +379,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         sampler=args.sampler,
         batch=args.batch,
         output=args.output,
+        features=args.features,
     )
 
 

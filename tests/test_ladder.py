@@ -26,6 +26,9 @@ LADDER = """
     models.tiling
     models.autoencoder3d
     models.text_encoders
+    models.tokenizers
+    models.transformer
+    models.clip
     models.critics
     models.video_features
     diffusion.flow
@@ -45,12 +48,14 @@ LADDER = """
     sampling.tasks
     sampling.pipeline
     interop.mapping
+    interop.towers
     interop.diffusers
     evaluation.metrics
     evaluation.tracking
     evaluation.physics
     evaluation.distributions
     evaluation.vbench
+    evaluation.published
     evaluation.run
     planning.chips
     planning.cache
