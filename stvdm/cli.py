@@ -368,6 +368,9 @@ def _add_evaluate(commands: Any) -> None:
     command.add_argument(
         "--output", metavar="PATH", help="default: results.json; with --damage a folder, default: outputs/damage"
     )
+    command.add_argument(
+        "--features", metavar="DIR", help="adds scores over published networks whose safetensors lie in DIR: clip/"
+    )
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -395,12 +398,13 @@ def _evaluate(args: argparse.Namespace) -> None:
         sampler=args.sampler,
         batch=args.batch,
         output=args.output or "results.json",
+        features=args.features,
     )
 
 
 def _refuse_without_effect(args: argparse.Namespace, beside: str) -> None:
     """Options of sampling that were given although nothing is sampled."""
-    usual = {"checkpoint": BUNDLED, "steps": None, "guidance": None, "sampler": None, "batch": 16}
+    usual = {"checkpoint": BUNDLED, "steps": None, "guidance": None, "sampler": None, "batch": 16, "features": None}
     given = [f"--{name}={getattr(args, name)}" for name, value in usual.items() if getattr(args, name) != value]
     if given:
         raise ValueError(f"{' '.join(given)}: without effect beside {beside}, so leave it out")

@@ -26,6 +26,9 @@ LADDER = """
     models.tiling
     models.autoencoder3d
     models.text_encoders
+    models.tokenizers
+    models.transformer
+    models.clip
     models.critics
     models.video_features
     diffusion.flow
@@ -45,6 +48,7 @@ LADDER = """
     sampling.tasks
     sampling.pipeline
     interop.mapping
+    interop.towers
     interop.diffusers
     evaluation.result_file
     evaluation.metrics
@@ -56,6 +60,7 @@ LADDER = """
     evaluation.damage
     evaluation.instruments
     evaluation.agreement
+    evaluation.published
     evaluation.run
     planning.chips
     planning.cache

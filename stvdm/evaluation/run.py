@@ -30,7 +30,7 @@ import stvdm
 from stvdm.data import kinetic_scene, kinetic_shapes
 from stvdm.data.kinetic_shapes import Scene, World
 from stvdm.diffusion import flow
-from stvdm.evaluation import metrics, physics
+from stvdm.evaluation import metrics, physics, published
 from stvdm.sampling import pipeline as sampling
 from stvdm.sampling.pipeline import Models, Pipeline, Result, to_model_range
 
@@ -46,6 +46,7 @@ class HeldOut(NamedTuple):
     world: World
     seed: int  # of the scenes
     real: np.ndarray  # uint8 (num, T, H, W, 3)
+    rebuilt: np.ndarray  # the same, through the autoencoder
     latents: np.ndarray  # normalised, (num, t, h, w, z)
     columns: dict[str, dict[str, physics.Row]]  # "reconstructed", "real" and, of more than one scene, "chance"
     reconstruction: dict[str, float]
@@ -62,6 +63,7 @@ def main(
     sampler: str | None = None,
     batch: int = 16,
     output: str | os.PathLike = "results.json",
+    features: str | os.PathLike | None = None,
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
 ) -> dict[str, Any]:
     """Evaluates a checkpoint (None: the bundled model) and writes the result with all its conditions.
@@ -69,14 +71,21 @@ def main(
     Beside ``output``, with the suffixes .png and .gif, lie a contact sheet of the first 16 generated clips and the
     clips themselves, moving side by side.
 
+    Args:
+      features: a folder of published networks, for `published.Judges`; what they say is added.
+
     Raises:
-      ValueError: if the model was not trained on kinetic shapes' captions.
+      ValueError: if the model was not trained on kinetic shapes' captions, or ``features`` holds no networks.
     """
+    judges = None if features is None else published.Judges.load(features)
     pipeline = Pipeline.load(checkpoint)
     say(f"scoring {num} real clips, and reconstructing them")
     held = hold_out(pipeline, num=num, seed=seed, batch=batch)
     say(f"generating {num} clips")
     report, result = measure(pipeline, held, steps=steps, guidance=guidance, sampler=sampler, batch=batch)
+    if judges is not None:
+        say("asking published networks")
+        report["published"] = judged(judges, held, result.videos)
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     Path(output).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     from stvdm.data import video
@@ -126,6 +135,7 @@ def hold_out(
         world=place,
         seed=seed,
         real=real,
+        rebuilt=rebuilt,
         latents=np.concatenate([np.asarray(latent) for latent in latents])[:num],
         columns=columns,
         reconstruction={
@@ -177,6 +187,23 @@ def measure(
         "flow_loss": flow_loss(pipeline, held.latents, prompts, batch=batch),
     }
     return report, result
+
+
+def judged(judges: published.Judges, held: HeldOut, videos: np.ndarray) -> dict[str, dict[str, float]]:
+    """Score -> column -> what published networks say of generated, reconstructed and real clips, and by chance.
+
+    clip_score: mean over clips. Chance: real clips under captions of others.
+    """
+    captions = [scene.caption for scene in held.scenes]
+    found: dict[str, dict[str, float]] = {}
+    if judges.clip is not None:
+        columns = {"generated": videos, "reconstructed": held.rebuilt, "real": held.real}
+        if len(videos) > 1:
+            columns["chance"] = np.roll(held.real, 1, axis=0)
+        found["clip_score"] = {
+            name: float(judges.clip_score(clips, captions).mean()) for name, clips in columns.items()
+        }
+    return found
 
 
 def flow_loss(
@@ -297,6 +324,8 @@ def as_text(report: dict[str, Any]) -> str:
         f"excess flicker {rebuilt['excess_flicker']:.4f}"
     )
     lines.append("mean |frame-to-frame change|: " + ", ".join(f"{k} {v:.4f}" for k, v in report["flicker"].items()))
+    for score, cells in report.get("published", {}).items():
+        lines.append(f"{score}: " + ", ".join(f"{name} {value:.4g}" for name, value in cells.items()))
     return "\n".join(lines)
 
 

@@ -27,10 +27,12 @@ def linear(
     name: str,
     init: nn.initializers.Initializer = xavier,
     dtype: jax.typing.DTypeLike = jnp.float32,
+    use_bias: bool = True,
 ) -> nn.Dense:
     """A Dense layer in ``dtype`` with float32 parameters; the axes are logical names of `sharding.AXIS_RULES`."""
     return nn.Dense(
         features,
+        use_bias=use_bias,
         dtype=dtype,
         kernel_init=partitioned(init, axis_in, axis_out),
         bias_init=partitioned(zeros, axis_out),

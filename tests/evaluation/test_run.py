@@ -29,8 +29,11 @@ def kinetic_model(tiny_model, tmp_path):
     return tmp_path / "kinetic"
 
 
-def test_a_model_of_noise_is_told_apart_from_real_clips(kinetic_model, tmp_path, capsys):
-    report = run.main(kinetic_model, num=5, batch=2, steps=2, output=tmp_path / "out" / "results.json")
+@pytest.mark.filterwarnings("ignore:prompt .* tokens, and the model reads")  # the small CLIP knows few merges
+def test_a_model_of_noise_is_told_apart_from_real_clips(kinetic_model, networks, tmp_path, capsys):
+    report = run.main(
+        kinetic_model, num=5, batch=2, steps=2, output=tmp_path / "out" / "results.json", features=networks
+    )
     written = json.loads((tmp_path / "out" / "results.json").read_text())
     assert written == json.loads(json.dumps(report))
     assert written["conditions"]["steps"] == 2
@@ -41,7 +44,14 @@ def test_a_model_of_noise_is_told_apart_from_real_clips(kinetic_model, tmp_path,
     assert sum(cell["num"] for cell in written["all_right_by_things"].values()) == 5
     assert (tmp_path / "out" / "results.png").exists()
     assert (tmp_path / "out" / "results.gif").exists()
-    assert "all_right" in capsys.readouterr().out
+    assert set(written["published"]["clip_score"]) == {"generated", "reconstructed", "real", "chance"}
+    printed = capsys.readouterr().out
+    assert "all_right" in printed and "clip_score: generated " in printed
+
+
+def test_a_folder_without_networks_is_refused_before_anything_is_made(kinetic_model, tmp_path):
+    with pytest.raises(ValueError, match=r"expected a folder with any of clip/"):
+        run.main(kinetic_model, num=3, features=tmp_path)
 
 
 def test_an_item_that_real_clips_fail_is_not_reported():

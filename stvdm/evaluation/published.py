@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What published networks say of clips: CLIP score, and more where their weights are at hand.
+
+    judges = Judges.load("networks")        # a folder with any of clip/
+    judges.clip_score(videos, captions)     # (B,) one number for each clip
+
+Weights come from their authors, as safetensors; none are in this package. Videos are uint8 (B, T, H, W, 3). Products
+are float32 on every device, so that numbers agree with those of the references. Batches have one compiled shape.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from stvdm.interop import towers
+from stvdm.models import clip
+
+NAMES = ("clip",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Judges:
+    """The networks of a folder; a score whose network is not there raises."""
+
+    clip: towers.Clip | None = None
+
+    @classmethod
+    def load(cls, folder: epath.PathLike) -> Judges:
+        """What is in ``folder``: a subfolder of safetensors for each of `NAMES`, any of them.
+
+        Raises:
+          ValueError: if it has none of these, or one that is not what its name says.
+        """
+        source = epath.Path(folder).expanduser()
+        found = [name for name in NAMES if (source / name).exists()]
+        if not found:
+            raise ValueError(
+                f"--features={folder}: expected a folder with any of {', '.join(f'{name}/' for name in NAMES)}, each "
+                "with the safetensors that its authors published."
+            )
+        return cls(**{name: getattr(towers, name)(source / name) for name in found})
+
+    def clip_score(self, videos: np.ndarray, captions: Sequence[str], *, batch: int = 32) -> np.ndarray:
+        """`clip_score` of each clip and its caption: the mean over all its frames; (B,).
+
+        Raises:
+          ValueError: without CLIP, or with another number of captions than clips.
+        """
+        model, params, tokenizer = self._need("clip")
+        if len(videos) != len(captions):
+            raise ValueError(f"{len(videos)} clips and {len(captions)} captions: expected one caption for each clip.")
+        read, look = _read(model), _look(model)
+        tokens, _ = tokenizer(captions)
+        text_BE = in_batches(lambda tokens: read(params, tokens), tokens, batch=batch)
+
+        def see(frames: np.ndarray) -> jax.Array:
+            return look(params, clip.prepare(frames, model.image.image_size))
+
+        B, T = videos.shape[:2]
+        image_BTE = in_batches(see, videos.reshape(B * T, *videos.shape[2:]), batch=batch).reshape(B, T, -1)
+        return np.stack([clip_score(text, images) for text, images in zip(text_BE, image_BTE, strict=True)])
+
+    def _need(self, name: str) -> Any:
+        found = getattr(self, name)
+        if found is None:
+            raise ValueError(f"{name}: its weights are not at hand; put their safetensors in a folder {name}/.")
+        return found
+
+
+def clip_score(text_E: np.ndarray, images_TE: np.ndarray) -> float:
+    """Mean over frames of 100 max(cos(text, image), 0), of CLIP's embeddings; 0 to 100.
+
+    Hessel et al. 2021 (arXiv:2104.08718) define 2.5 max(cos, 0) of one image, with "A photo depicts" before the
+    caption. Here is neither the 2.5 nor the prefix, but a hundredfold and, of a video, the mean over frames: a hundred
+    times CLIPSIM (Wu et al. 2021, arXiv:2104.14806), but for the clipping. Compare only numbers of the same CLIP.
+
+    Cannot see: time (frames in any order score the same), and little of counts, sides and which thing has which
+    colour. A frame that shows the caption as letters scores high.
+    """
+    text, images = np.asarray(text_E, np.float64), np.asarray(images_TE, np.float64)
+    cos_T = images @ text / (np.linalg.norm(images, axis=1) * np.linalg.norm(text))
+    return float(100 * np.clip(cos_T, 0, None).mean())
+
+
+def in_batches(function: Callable[..., Any], *arrays: np.ndarray, batch: int) -> np.ndarray:
+    """``function`` of so many rows at once, the last batch filled up with its last row; the rows of all."""
+    made = []
+    for start in range(0, len(arrays[0]), batch):
+        parts = [array[start : start + batch] for array in arrays]
+        short = batch - len(parts[0])
+        filled = [np.concatenate([part, np.repeat(part[-1:], short, axis=0)]) for part in parts]
+        made.append(np.asarray(function(*filled))[: batch - short])
+    return np.concatenate(made)
+
+
+@functools.lru_cache(maxsize=4)
+def _read(model: clip.CLIP) -> Callable[..., jax.Array]:
+    return _exactly(lambda params, tokens: model.apply({"params": params}, tokens, method="read").embedding_BE)
+
+
+@functools.lru_cache(maxsize=4)
+def _look(model: clip.CLIP) -> Callable[..., jax.Array]:
+    return _exactly(lambda params, images: model.apply({"params": params}, images, method="look").embedding_BE)
+
+
+def _exactly(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Jitted, with products in float32 where the device would take fewer digits."""
+
+    def exact(*arguments: Any) -> Any:
+        with jax.default_matmul_precision("highest"):
+            return function(*arguments)
+
+    return jax.jit(exact)

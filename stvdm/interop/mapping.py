@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Weights under foreign names into our trees: a table of names, and nothing lost in silence.
+
+    rules = [(r"encoder\.layers\.(\d+)\.mlp\.fc1\.(\w+)", r"layers/layer_\1/mlp_in/\2"), ...]
+    params = into(shapes, read(folder), rules)
+
+A rule is a regular expression for a whole foreign name, and our path for it; "" says that we have no use for it. Every
+foreign tensor is used by one rule, and every parameter of ours is filled by one tensor; else all that is wrong is said
+at once.
+
+Of layout there is one convention to cross: PyTorch keeps kernels as (out, in, *space), Flax as (*space, in, out), so
+what becomes a ``kernel`` is turned, and all else fits as it is. Last words follow from what we have there: ``weight``
+is our ``kernel`` or ``scale``, ``running_mean`` and ``running_var`` are ``mean`` and ``var``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import traverse_util
+
+Tree = Any
+Rules = Sequence[tuple[str, str]]
+
+_LAST_WORDS = {"weight": ("kernel", "scale"), "running_mean": ("mean",), "running_var": ("var",)}
+_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+def into(shapes: Tree, source: Mapping[str, np.ndarray], rules: Rules) -> Tree:
+    """The tensors of ``source`` as a tree of float32 arrays, of the names and shapes of ``shapes``.
+
+    Args:
+      shapes: nested dicts of anything with a ``shape``, e.g. of `jax.eval_shape`.
+      source: foreign name -> array.
+      rules: foreign name -> our path, joined by "/"; the first that fits counts.
+
+    Raises:
+      ValueError: naming tensors that no rule knows, that fit no parameter or one that has another, and parameters that
+        nothing fills.
+    """
+    wanted = traverse_util.flatten_dict(shapes, sep="/")
+    found: dict[str, np.ndarray] = {}
+    came_from: dict[str, str] = {}
+    problems, doubtful = [], set()
+    for name, array in source.items():
+        meant = _renamed(name, rules)
+        if meant is None:
+            problems.append(f"{name} {np.shape(array)}: no rule knows it")
+        elif meant:
+            path = next((spelt for spelt in _spellings(meant) if spelt in wanted), None)
+            value = turned(array) if path is not None and path.endswith("/kernel") else np.asarray(array)
+            if path is None:
+                problems.append(f"{name} {np.shape(array)}: the model has no {meant}")
+            elif value.shape != tuple(wanted[path].shape):
+                problems.append(f"{name}: {value.shape} for {path}, expected {tuple(wanted[path].shape)}")
+                doubtful.add(path)
+            elif path in found:
+                problems.append(f"{name}: {path} has {came_from[path]} already")
+            else:
+                found[path], came_from[path] = value.astype(np.float32), name
+    problems += [f"{path}: nothing fills it" for path in wanted if path not in found and path not in doubtful]
+    if problems:
+        more = [f"and {len(problems) - 12} more"] if len(problems) > 12 else []
+        raise ValueError(
+            "these weights are not this model's, so see whether the config.json beside them is theirs:\n  - "
+            + "\n  - ".join(problems[:12] + more)
+        )
+    return traverse_util.unflatten_dict(found, sep="/")
+
+
+def turned(kernel: np.ndarray) -> np.ndarray:
+    """(out, in, *space), as PyTorch keeps a kernel, to (*space, in, out)."""
+    return np.ascontiguousarray(np.transpose(kernel, (*range(2, np.ndim(kernel)), 1, 0)))
+
+
+def folder_of(place: epath.PathLike) -> epath.Path:
+    """The folder of weights: ``place`` itself, or, if it is "owner/name" of the Hugging Face hub, what is brought here.
+
+    Only safetensors and text are brought.
+
+    Raises:
+      FileNotFoundError: if it is neither.
+      ImportError: if it would be brought, and huggingface_hub is not installed.
+    """
+    path = epath.Path(place).expanduser()
+    if path.exists():
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(place)):
+        raise FileNotFoundError(f"{place}: expected a folder of safetensors, or the OWNER/NAME of one on the hub.")
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ImportError(
+            f"{place}: there is no such folder, and to bring it from the hub takes huggingface_hub: "
+            "pip install huggingface_hub"
+        ) from error
+    return epath.Path(
+        huggingface_hub.snapshot_download(str(place), allow_patterns=["*.safetensors", "*.json", "*.txt"])
+    )
+
+
+def settings(folder: epath.PathLike) -> dict[str, Any]:
+    """config.json of a folder; {} if there is none."""
+    path = epath.Path(folder) / "config.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def read(place: epath.PathLike) -> dict[str, np.ndarray]:
+    """All tensors of a safetensors file, or of all such files of a folder, by name.
+
+    Raises:
+      FileNotFoundError: if there are none.
+      ValueError: if there are only pickles, which can run any program when they are opened, and never are here.
+    """
+    from safetensors import deserialize
+
+    source = epath.Path(place).expanduser()
+    files = [source] if source.is_file() else sorted(source.glob("*.safetensors")) if source.exists() else []
+    pickles = [path for path in (files or _files(source)) if path.suffix in _PICKLES]
+    if pickles:
+        raise ValueError(
+            f"{pickles[0]}: this is a pickle, which can run any program when it is opened, so it is not. Convert it "
+            "once, where PyTorch is:\n"
+            '  python -c "import sys, torch; from safetensors.torch import save_file; '
+            "tensors = torch.load(sys.argv[1], map_location='cpu', weights_only=True); "
+            'save_file({k: v.contiguous() for k, v in tensors.items()}, sys.argv[2])" '
+            f"{pickles[0].name} model.safetensors"
+        )
+    if not files:
+        raise FileNotFoundError(f"{source}: expected a .safetensors file, or a folder of them.")
+    tensors: dict[str, np.ndarray] = {}
+    for path in files:
+        for name, leaf in deserialize(path.read_bytes()):
+            # Counters and position numbers, which are no weights.
+            if leaf["dtype"] in _DTYPES:
+                tensors[name] = np.frombuffer(leaf["data"], _DTYPES[leaf["dtype"]]).reshape(leaf["shape"])
+    return tensors
+
+
+def _files(folder: epath.Path) -> Iterable[epath.Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else ()
+
+
+def _renamed(name: str, rules: Rules) -> str | None:
+    for pattern, path in rules:
+        if match := re.fullmatch(pattern, name):
+            return match.expand(path)
+    return None
+
+
+def _spellings(path: str) -> Iterable[str]:
+    """A path as it is, and with what its last word may mean here."""
+    head, _, last = path.rpartition("/")
+    return (path, *(f"{head}/{word}" if head else word for word in _LAST_WORDS.get(last, ())))

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Foreign names into ours: every tensor is used once, every parameter filled once, and nothing lost in silence."""
+
+import sys
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from stvdm.interop import mapping
+
+SHAPES = {
+    "first": {"kernel": np.zeros((3, 3, 2, 5)), "bias": np.zeros(5)},
+    "norm": {"scale": np.zeros(5), "bias": np.zeros(5), "mean": np.zeros(5)},
+    "words": np.zeros((7, 5)),
+}
+RULES = (
+    (r"net\.conv\.(\w+)", r"first/\1"),
+    (r"net\.bn\.(\w+)", r"norm/\1"),
+    (r"embed\.weight", "words"),
+    (r"head\..*", ""),
+)
+
+
+@pytest.fixture
+def source():
+    random = np.random.default_rng(0)
+    shapes = {
+        "net.conv.weight": (5, 2, 3, 3),
+        "net.conv.bias": (5,),
+        "net.bn.weight": (5,),
+        "net.bn.bias": (5,),
+        "net.bn.running_mean": (5,),
+        "embed.weight": (7, 5),
+        "head.weight": (9, 5),
+    }
+    return {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def test_each_tensor_finds_its_place_and_layout(source):
+    made = mapping.into(SHAPES, source, RULES)
+    assert made["first"]["kernel"][2, 1, 0, 4] == source["net.conv.weight"][4, 0, 2, 1]
+    np.testing.assert_array_equal(made["norm"]["scale"], source["net.bn.weight"])
+    np.testing.assert_array_equal(made["norm"]["mean"], source["net.bn.running_mean"])
+    np.testing.assert_array_equal(made["words"], source["embed.weight"])  # a table is not a kernel
+
+
+def test_all_that_is_wrong_is_said_at_once(source):
+    source["surprise"] = np.zeros(3)
+    source["net.conv.bias"] = np.zeros(6)
+    source["net.bn.gain"] = np.zeros(2)
+    del source["embed.weight"]
+    with pytest.raises(ValueError, match="not this model's") as error:
+        mapping.into(SHAPES, source, RULES)
+    assert [line.strip() for line in str(error.value).splitlines()[1:]] == [
+        "- net.conv.bias: (6,) for first/bias, expected (5,)",
+        "- surprise (3,): no rule knows it",
+        "- net.bn.gain (2,): the model has no norm/gain",
+        "- words: nothing fills it",
+    ]
+
+
+def test_a_place_is_filled_once(source):
+    source["net.bn.mean"] = source["net.bn.running_mean"]
+    with pytest.raises(ValueError, match=r"net.bn.mean: norm/mean has net.bn.running_mean already"):
+        mapping.into(SHAPES, source, RULES)
+
+
+def test_files_are_read_in_every_float(tmp_path):
+    values = np.linspace(-2, 2, 6).reshape(2, 3)
+    save_file({"a": values.astype(np.float16), "n": np.arange(4)}, tmp_path / "one.safetensors")
+    save_file({"b": values.astype(jnp.bfloat16)}, tmp_path / "two.safetensors")
+    read = mapping.read(tmp_path)
+    assert read.keys() == {"a", "b"}  # whole numbers are no weights
+    np.testing.assert_allclose(read["a"].astype(float), values, atol=1e-3)
+    np.testing.assert_allclose(read["b"].astype(float), values, atol=1e-2)
+    assert mapping.read(tmp_path / "one.safetensors").keys() == {"a"}
+
+
+def test_pickles_stay_shut(tmp_path):
+    with pytest.raises(FileNotFoundError, match="expected a .safetensors file, or a folder of them"):
+        mapping.read(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04would run")
+    for place in (tmp_path, tmp_path / "pytorch_model.bin"):
+        with pytest.raises(ValueError, match=r"this is a pickle, which can run any program(.|\n)*weights_only=True"):
+            mapping.read(place)
+
+
+def test_a_folder_is_taken_before_the_hub(tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot_download(name, allow_patterns):
+        asked.append((name, tuple(allow_patterns)))
+        return str(tmp_path)
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download))
+    assert mapping.folder_of(tmp_path) == mapping.folder_of("openai/some-model")
+    assert asked == [("openai/some-model", ("*.safetensors", "*.json", "*.txt"))]
+    with pytest.raises(FileNotFoundError, match="no/such/folder: expected a folder of safetensors"):
+        mapping.folder_of("no/such/folder")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ImportError, match="pip install huggingface_hub"):
+        mapping.folder_of("openai/some-model")
