@@ -44,6 +44,7 @@ LADDER = """
     preprocess
     sampling.tasks
     sampling.pipeline
+    sampling.inspection
     interop.mapping
     interop.diffusers
     evaluation.metrics
