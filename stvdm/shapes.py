@@ -24,12 +24,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
 Grouping = Literal["causal", "uniform"]
 Size3 = tuple[int, int, int]  # (time, height, width)
+Place = tuple[Any, Any, Any]  # the same of one place, or arrays of many
 
 
 def latent_shape(video: Size3, *, temporal: int, spatial: int, grouping: Grouping = "causal") -> Size3:
@@ -103,6 +104,36 @@ def unpatchify(tokens_BNP: jax.Array, grid: Size3, patch: Size3) -> jax.Array:
     z = tokens_BNP.shape[-1] // (pt * ph * pw)
     cut = tokens_BNP.reshape(-1, nt, nh, nw, pt, ph, pw, z).transpose(0, 1, 4, 2, 5, 3, 6, 7)
     return cut.reshape(-1, nt * pt, nh * ph, nw * pw, z)
+
+
+def token_of_pixel(pixel: Place, *, patch: Size3, temporal: int, spatial: int, grouping: Grouping = "causal") -> Place:
+    """(frame, row, column) of the token that stands for a pixel (frame, y, x) of the video, all counted from 0.
+
+    Works on arrays of numbers too: ``tokens_thw[token_of_pixel(tuple(numpy.ogrid[:T, :H, :W]), ...)]`` gives every
+    pixel the value of its token.
+    """
+    frame, y, x = pixel
+    latent_frame = (frame + temporal - 1) // temporal if grouping == "causal" else frame // temporal
+    return latent_frame // patch[0], y // (spatial * patch[1]), x // (spatial * patch[2])
+
+
+def pixels_of_token(
+    token: Size3, *, patch: Size3, temporal: int, spatial: int, grouping: Grouping = "causal"
+) -> tuple[slice, slice, slice]:
+    """The (frames, rows, columns) of pixels that a token stands for: those whose `token_of_pixel` it is.
+
+    It is their place, and not all that the token knows of: the networks around it look further.
+    """
+    first, stop = token[0] * patch[0], (token[0] + 1) * patch[0]
+    if grouping == "causal":
+        frames = slice(max(0, 1 + (first - 1) * temporal), 1 + (stop - 1) * temporal)
+    else:
+        frames = slice(first * temporal, stop * temporal)
+    rows, columns = (
+        slice(place * spatial * size, (place + 1) * spatial * size)
+        for place, size in zip(token[1:], patch[1:], strict=True)
+    )
+    return frames, rows, columns
 
 
 def space_to_depth(video_BTHWC: jax.Array, factor: int) -> jax.Array:

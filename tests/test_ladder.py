@@ -47,6 +47,7 @@ LADDER = """
     preprocess
     sampling.tasks
     sampling.pipeline
+    sampling.inspection
     interop.mapping
     interop.towers
     interop.diffusers

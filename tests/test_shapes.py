@@ -81,6 +81,31 @@ def test_pixel_shuffle_round_trips_and_gathers_squares():
     np.testing.assert_array_equal(packed[0, 1, 1, 2], video[0, 1, 2:4, 4:6].reshape(-1))
 
 
+@pytest.mark.parametrize("grouping, frames", [("causal", 17), ("uniform", 16)])
+@pytest.mark.parametrize("patch", [(1, 2, 2), (1, 1, 2), (2, 2, 1)])
+def test_every_pixel_has_one_token_which_stands_for_it(grouping, frames, patch):
+    video, geometry = (frames, 16, 24), dict(patch=patch, temporal=4, spatial=4, grouping=grouping)
+    latent = shapes.latent_shape(video, temporal=4, spatial=4, grouping=grouping)
+    grid = tuple(-(-size // p) for size, p in zip(latent, patch, strict=True))  # 5 latent frames in patches of 2: 3
+    counts = np.zeros(video, int)
+    token = shapes.token_of_pixel(tuple(np.ogrid[:frames, :16, :24]), **geometry)
+    for place in np.ndindex(grid):
+        region = shapes.pixels_of_token(place, **geometry)
+        counts[region] += 1
+        for axis in range(3):
+            assert (np.broadcast_to(token[axis], video)[region] == place[axis]).all()
+    assert (counts == 1).all()
+
+
+def test_the_first_frame_of_a_causal_clip_has_tokens_of_its_own():
+    geometry = dict(patch=(1, 2, 2), temporal=4, spatial=8)
+    assert shapes.pixels_of_token((0, 0, 1), **geometry) == (slice(0, 1), slice(0, 16), slice(16, 32))
+    assert shapes.pixels_of_token((2, 0, 1), **geometry) == (slice(5, 9), slice(0, 16), slice(16, 32))
+    assert shapes.token_of_pixel((8, 15, 16), **geometry) == (2, 0, 1)
+    assert shapes.token_of_pixel((8, 15, 16), **geometry, grouping="uniform") == (2, 0, 1)
+    assert shapes.token_of_pixel((7, 15, 16), **geometry, grouping="uniform") == (1, 0, 1)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

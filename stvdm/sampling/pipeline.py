@@ -113,6 +113,21 @@ def denoise(
       times: (steps + 1,), from 1 down to 0.
       prompt, null: (tokens_BS, mask_BS) of the captions, and of the empty caption that guidance leads away from.
     """
+    guided = guided_velocity(models, params, prompt, null, how=how)
+    return samplers.sample(
+        guided, noise_Bthwz, times, sampler=SAMPLERS[how.sampler](how.objective.path), callback=callback
+    )
+
+
+def guided_velocity(
+    models: Models,
+    params: Tree,
+    prompt: tuple[jax.Array, jax.Array],
+    null: tuple[jax.Array, jax.Array],
+    *,
+    how: Denoising,
+) -> flow.Velocity:
+    """The velocity that `denoise` follows: towards the prompts, away from the empty ones; arguments as there."""
     velocities = []
     for tokens_BS, mask_BS in (prompt, null):
         text_BSE = models.read(params, tokens_BS, mask_BS)
@@ -123,15 +138,12 @@ def denoise(
             return models.predict(params, x, jnp.full(x.shape[:1], t), text_BSE, mask_BS)
 
         velocities.append(flow.velocity_field(predict, objective=how.objective))
-    guided = guidance.classifier_free(
+    return guidance.classifier_free(
         *velocities,
         scale=how.guidance,
         interval=how.guidance_interval,
         rescale=how.guidance_rescale,
         path=how.objective.path,
-    )
-    return samplers.sample(
-        guided, noise_Bthwz, times, sampler=SAMPLERS[how.sampler](how.objective.path), callback=callback
     )
 
 
@@ -242,7 +254,7 @@ class Pipeline:
         for start in range(0, len(videos_to_make), batch_size):
             part = videos_to_make[start : start + batch_size]
             padded = part + [part[-1]] * (batch_size - len(part))  # one compiled shape
-            noise = jnp.stack([_noise(s, (*latent_thw, self.autoencoder.latent_channels)) for _, s in padded])
+            noise = jnp.stack([noise_of(s, (*latent_thw, self.autoencoder.latent_channels)) for _, s in padded])
             prompt = self.tokenizer([text for text, _ in padded])
             null = self.tokenizer([""] * batch_size)
             if progress is not None:
@@ -351,6 +363,11 @@ def to_uint8(video: np.ndarray | jax.Array) -> np.ndarray:
     return checkpoint.on_host(jnp.clip(jnp.round((video + 1) * 127.5), 0, 255).astype(jnp.uint8))
 
 
+def noise_of(seed: int, shape: tuple[int, ...]) -> jax.Array:
+    """The noise that the clip of a seed begins as; ``shape`` is (t, h, w, z)."""
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
 def bundled() -> epath.Path:
     """The folder of the model that comes with the package."""
     return epath.Path(str(importlib.resources.files("stvdm") / "bundled"))
@@ -382,7 +399,3 @@ _relay = _Relay()
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(autoencoder: Autoencoder, params: Tree, video: jax.Array) -> tuple[jax.Array, jax.Array]:
     return autoencoder.apply({"params": params}, video, method="encode")
-
-
-def _noise(seed: int, shape: tuple[int, ...]) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape)
