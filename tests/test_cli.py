@@ -362,6 +362,7 @@ def test_evaluate_passes_everything_on(calls):
         "sampler": None,
         "batch": 16,
         "output": "r.json",
+        "features": None,
     }
 
 
