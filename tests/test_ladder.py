@@ -69,6 +69,7 @@ LADDER = """
     planning.flops
     train.compiler_flags
     train.supervisor
+    train.split_weights
     train.state
     train.preemption
     train.telemetry

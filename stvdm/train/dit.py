@@ -35,7 +35,7 @@ from stvdm.models.text_encoders import WordTokenizer, collect_words
 from stvdm.planning.flops import model_flops
 from stvdm.sampling import pipeline
 from stvdm.sampling.pipeline import Pipeline
-from stvdm.train import preemption, supervisor
+from stvdm.train import preemption, split_weights, supervisor
 from stvdm.train import state as state_lib
 from stvdm.train.state import Program, State, is_due
 from stvdm.train.telemetry import Telemetry
@@ -106,17 +106,16 @@ def program(config: ConfigDict, coder: Autoencoder) -> Program:
 
     # Step.
     optimizer, rate = state_lib.make_optimizer(config.optimizer, config.total_steps, train_only=config.train_only)
-    dtype = jnp.dtype(config.model.dtype)
+    gradient = state_lib.accumulated_grad(loss, config.optimizer.accumulate)
 
-    def used(params: Tree) -> Tree:
-        """With the kernels of the layers in the type that they are multiplied in."""
+    def kept(params: Tree) -> Tree:
+        """The kernels of the transformer's layers in halves, where products are in bfloat16."""
 
-        def cast(path: Any, leaf: jax.Array) -> jax.Array:
-            return leaf.astype(dtype) if path[0].key.startswith("layers") and path[-1].key == "kernel" else leaf
+        def is_halved(path: Any) -> bool:
+            names = [entry.key for entry in path]
+            return names[0] == "dit" and names[1].startswith("layers") and names[-1] == "kernel"
 
-        return {**params, "dit": jax.tree_util.tree_map_with_path(cast, params["dit"])}
-
-    gradient = state_lib.accumulated_grad(loss, config.optimizer.accumulate, used=used)
+        return split_weights.split(params, is_halved) if config.model.dtype == "bfloat16" else params
 
     def train_step(state: State, batch: Tree, frozen: Tree) -> tuple[State, Metrics]:
         batch = {**batch, "latent": latents_of(frozen, batch)}
@@ -151,7 +150,7 @@ def program(config: ConfigDict, coder: Autoencoder) -> Program:
             "flops": flops,
         }
 
-    return Program(init, optimizer, loss, train_step, held_out_loss, work)
+    return Program(init, optimizer, loss, train_step, held_out_loss, work, kept)
 
 
 def main(config: ConfigDict, workdir: epath.PathLike) -> None:
@@ -231,7 +230,7 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
         ) as telemetry:
             report = state_lib.write_report(batches.report, workdir)
             telemetry.say(report)
-            num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+            num_params = sum(leaf.size for leaf in jax.tree.leaves(state.ema))
             telemetry.say(f"{num_params:,} parameters, a vocabulary of {len(config.text.words)} words")
             if fresh:
                 telemetry.say(f"not in {config.start_from}, so they start fresh: {', '.join(fresh)}")
@@ -252,7 +251,8 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
                 if leaving or is_due(done, config.checkpoint_every, config.total_steps):
                     skips.check(batches)  # a run that must stop would stop again after this step
                     with telemetry.timed("save"):
-                        checkpoints.save(done, state, position={**batches.position, "step": done}, config=settings)
+                        position = {**batches.position, "step": done}
+                        checkpoints.save(done, state_lib.to_save(state), position=position, config=settings)
                         telemetry.bring()
                 if leaving:
                     telemetry.say(f"asked to stop: step {done} is being saved, the same command goes on from it")

@@ -32,6 +32,8 @@ from stvdm import sharding
 from stvdm.checkpoint import Checkpoints
 from stvdm.data.folder import SkipReport
 from stvdm.data.loader import Loader, Source, check_position, configured_sources, make_loader, served
+from stvdm.train import split_weights
+from stvdm.train.split_weights import Halves, are_halves
 
 Tree = Any
 
@@ -40,7 +42,7 @@ class State(NamedTuple):
     """All that a step reads and writes. Random keys and data follow from ``step``, so they are not in it."""
 
     step: jax.Array  # int32: steps taken, skipped ones included
-    params: Tree
+    params: Tree  # float32, of a training in bfloat16 partly in `split_weights.Halves`
     ema: Tree  # exponential moving average of params
     opt_state: optax.OptState
     num_skipped: jax.Array  # int32: steps with a non-finite loss or gradients, which changed nothing
@@ -56,6 +58,7 @@ class Program(NamedTuple):
     step: Callable[..., tuple[State, dict[str, jax.Array]]]  # (state, batch, *frozen weights) -> (state, metrics)
     evaluate: Callable[..., Any]  # (params, held-out batch, ...) -> scores
     work: Callable[[Tree], dict[str, float]]  # batch, or its shapes -> what a step does: clips, tokens, model FLOPs
+    kept: Callable[[Tree], Tree] = lambda params: params  # the parameters as a state keeps them
 
 
 def open_batches(config: ConfigDict, mesh: Mesh) -> tuple[Loader, Loader]:
@@ -119,8 +122,16 @@ def resume(
         return initialise(program, mesh)[0], 0
     first_step = check_position(checkpoints.position(), position)
     _check_optimizer(checkpoints.config()["optimizer"], config.optimizer)
-    state, _ = checkpoints.restore(abstract_state(program, mesh))
-    return state, first_step
+    expected = abstract_state(program, mesh)
+    state, _ = checkpoints.restore(expected._replace(params=expected.ema))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, expected.params)
+    keep = jax.jit(program.kept, out_shardings=shardings, donate_argnums=0)
+    return state._replace(params=keep(state.params)), first_step
+
+
+def to_save(state: State) -> State:
+    """The state as a checkpoint holds it: weights in float32, so that a run may go on in another type."""
+    return state._replace(params=split_weights.whole(state.params))
 
 
 def config_before(checkpoints: Checkpoints, kind: str) -> dict[str, Any] | None:
@@ -299,7 +310,7 @@ def start_from(state: State, weights: Tree) -> tuple[State, list[str]]:
     Raises:
       ValueError: for weights that the state has no place for, or of other shapes.
     """
-    fresh = traverse_util.flatten_dict(state.params, sep="/")
+    fresh = traverse_util.flatten_dict(state.ema, sep="/")
     given = traverse_util.flatten_dict(weights, sep="/")
     wrong = [
         f"{path} is {leaf.shape}, expected {fresh[path].shape if path in fresh else 'none'}"
@@ -322,7 +333,8 @@ def start_from(state: State, weights: Tree) -> tuple[State, list[str]]:
 
         return traverse_util.path_aware_map(one, params)
 
-    state = state._replace(params=replaced(state.params), ema=replaced(state.ema))
+    params = split_weights.like(replaced(split_weights.whole(state.params)), state.params)
+    state = state._replace(params=params, ema=replaced(state.ema))
     return state, sorted({"/".join(path.split("/")[:2]) for path in fresh.keys() - given.keys()})
 
 
@@ -347,7 +359,7 @@ def _plan_state(program: Program, mesh: Mesh) -> tuple[Callable[[], State], Stat
     def fresh() -> State:
         params = nn.unbox(init())
         count = jnp.zeros((), jnp.int32)
-        return State(count, params, params, optimizer.init(params), count)
+        return State(count, program.kept(params), params, optimizer.init(params), count)
 
     abstract = jax.eval_shape(fresh)
     by_param = sharding.shardings(jax.eval_shape(init), mesh)
@@ -360,7 +372,13 @@ def _plan_state(program: Program, mesh: Mesh) -> tuple[Callable[[], State], Stat
         transform_non_params=lambda _: whole,
         is_leaf=lambda moment: isinstance(moment, optax.MaskedNode),  # what Muon leaves to AdamW, and the reverse
     )
-    shardings = abstract._replace(step=whole, params=by_param, ema=by_param, opt_state=by_moment, num_skipped=whole)
+    kept = jax.tree.map(
+        lambda leaf, split: Halves(split, split) if are_halves(leaf) else split,
+        abstract.params,
+        by_param,
+        is_leaf=are_halves,
+    )
+    shardings = abstract._replace(step=whole, params=kept, ema=by_param, opt_state=by_moment, num_skipped=whole)
     return fresh, abstract, shardings
 
 
@@ -373,15 +391,16 @@ def update(
     """
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    before = split_weights.whole(state.params)
+    updates, opt_state = optimizer.update(grads, state.opt_state, before)
+    params = optax.apply_updates(before, updates)
     taken = (state.step - state.num_skipped).astype(jnp.float32)
     decay = jnp.minimum(ema_decay, (1 + taken) / (10 + taken))
     ema = jax.tree.map(lambda average, p: average + (1 - decay) * (p - average), state.ema, params)
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
     new = State(
         step=state.step + 1,
-        params=keep(params, state.params),
+        params=keep(split_weights.like(params, state.params), state.params),
         ema=keep(ema, state.ema),
         opt_state=keep(opt_state, state.opt_state),
         num_skipped=state.num_skipped + (~finite).astype(jnp.int32),
@@ -392,22 +411,21 @@ def update(
 def accumulated_grad(
     loss: Callable[[Tree, Tree, jax.Array], tuple[jax.Array, dict[str, jax.Array]]],
     num_micro: int,
-    *,
-    used: Callable[[Tree], Tree] = lambda params: params,
 ) -> Callable[[Tree, Tree, jax.Array], tuple[Tree, dict[str, jax.Array]]]:
     """(params, batch, key) -> (grads, metrics), averaged over ``num_micro`` equal parts of the batch, one at a time.
 
+    Products in bfloat16 have gradients in bfloat16: of weights in halves they are kept as that until the optimiser
+    reads them, so that those of a scan's layers are half as large.
+
     Args:
       loss: ``loss(params, batch, key)`` gives (mean loss, metrics).
-      num_micro: parts of the batch; their gradients are summed in the types of the parameters.
-      used: gives the parameters in the types that they are multiplied in. Products in bfloat16 have gradients in
-        bfloat16: kept as that until the optimiser reads them, those of a scan's layers are half as large.
+      num_micro: parts of the batch; their gradients are summed in float32.
     """
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
     def one(params: Tree, batch: Tree, key: jax.Array) -> tuple[Tree, dict[str, jax.Array]]:
-        (value, metrics), grads = value_and_grad(used(params), batch, key)
-        grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, params)
+        (value, metrics), grads = value_and_grad(split_weights.multiplied(params), batch, key)
+        grads = jax.tree.map(lambda grad: grad.astype(jnp.float32), grads)
         return grads, {"loss": value, **metrics}
 
     if num_micro == 1:

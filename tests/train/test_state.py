@@ -13,6 +13,7 @@ import pytest
 from stvdm import config as base
 from stvdm import sharding
 from stvdm.checkpoint import Checkpoints
+from stvdm.train import split_weights
 from stvdm.train import state as state_lib
 
 
@@ -155,14 +156,14 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
 
 @pytest.mark.parametrize("num_micro", [1, 4])
 def test_gradients_kept_in_the_type_of_the_products_are_the_same(num_micro):
-    half = lambda params: jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)  # noqa: E731
-
     def loss(params, batch, key):
-        return jnp.mean(jnp.square(Net().apply({"params": half(params)}, batch["x"]).astype(jnp.float32))), {}
+        half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+        return jnp.mean(jnp.square(Net().apply({"params": half}, batch["x"]).astype(jnp.float32))), {}
 
     params, given = _start()[0].params, ({"x": X.astype(jnp.bfloat16)}, jax.random.key(3))
     expected, _ = jax.jit(state_lib.accumulated_grad(loss, num_micro))(params, *given)
-    found, _ = jax.jit(state_lib.accumulated_grad(loss, num_micro, used=half))(params, *given)
+    halved = split_weights.split(params, lambda path: True)
+    found, _ = jax.jit(state_lib.accumulated_grad(loss, num_micro))(halved, *given)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype(jnp.float32)}
 
@@ -287,6 +288,47 @@ def test_a_checkpoint_is_gone_on_from_without_a_fresh_state_beside_it(tmp_path, 
         config.optimizer.name = "muon"
         with pytest.raises(ValueError, match="optimizer.name: saved 'adamw', now 'muon'"):
             state_lib.resume(checkpoints, config, _program("muon"), mesh, position=position)
+
+
+def _halved(params):
+    return split_weights.split(params, lambda path: path[-1].key == "kernel")
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_weights_in_halves_are_updated_as_whole_ones(name):
+    mesh = sharding.make_mesh(fsdp=4, tensor=2)
+    plain = _program(name, weight_decay=0.1)
+    (whole, _), (halves, shardings) = (
+        state_lib.initialise(program, mesh) for program in (plain, plain._replace(kept=_halved))
+    )
+    assert shardings.params["kernel"].high == shardings.params["kernel"].low == shardings.ema["kernel"]
+    step = jax.jit(
+        lambda state, grads: state_lib.update(state, grads, loss=LOSS, optimizer=plain.optimizer, ema_decay=0.9)[0]
+    )
+    for number in range(4):
+        grads = jax.tree.map(lambda p, n=number: jax.random.normal(jax.random.key(n), p.shape), whole.params)
+        if number == 2:
+            grads["bias"] = grads["bias"].at[0].set(jnp.nan)
+        whole, halves = step(whole, grads), step(halves, grads)
+    assert int(halves.num_skipped) == 1 and halves.params["kernel"].high.dtype == jnp.bfloat16
+    jax.tree.map(np.testing.assert_array_equal, state_lib.to_save(halves), whole)
+
+
+def test_a_checkpoint_holds_whole_weights(tmp_path):
+    """So that a run goes on whether it kept them in halves or not."""
+    mesh, config, position = sharding.make_mesh(fsdp=4, tensor=2), base.dit(), {"step": 0}
+    halved = _program()._replace(kept=_halved)
+    with Checkpoints(tmp_path) as checkpoints:
+        state, _ = state_lib.resume(checkpoints, config, halved, mesh, position=position)
+        saved = state_lib.to_save(state)
+        checkpoints.save(1, saved, position={"step": 1}, config=config.to_dict())
+    for program in (halved, _program()):
+        with Checkpoints(tmp_path) as checkpoints:
+            found, _ = state_lib.resume(checkpoints, config, program, mesh, position=position)
+        expected = state_lib.abstract_state(program, mesh)
+        assert jax.tree.structure(found) == jax.tree.structure(expected)
+        assert jax.tree.all(jax.tree.map(lambda leaf, like: leaf.sharding == like.sharding, found, expected))
+        jax.tree.map(np.testing.assert_array_equal, state_lib.to_save(found), saved)
 
 
 def test_clipping_bounds_the_step():
