@@ -360,13 +360,24 @@ def _add_evaluate(commands: Any) -> None:
     _add_sampling(command)
     command.add_argument("--num", type=_count, default=200, metavar="N", help="held-out prompts (default 200)")
     command.add_argument("--batch", type=_count, default=16, metavar="B", help="clips sampled at once (default 16)")
-    command.add_argument(
+    instead = command.add_mutually_exclusive_group()
+    instead.add_argument(
         "--damage",
         action="store_true",
         help="evaluate the metrics in place of a model: do they see damage of known kind and strength to real clips?",
     )
+    instead.add_argument(
+        "--compare",
+        nargs="+",
+        metavar="FILE",
+        help="set results side by side, with their differences to the first; refused if more than the model differs",
+    )
+    command.add_argument("--mixed", action="store_true", help="compare them all the same, and say what differs")
     command.add_argument(
-        "--output", metavar="PATH", help="default: results.json; with --damage a folder, default: outputs/damage"
+        "--output",
+        metavar="PATH",
+        help="default: results.json; with --damage a folder, default: outputs/damage; with --compare a file for the "
+        "table, default: none",
     )
     command.add_argument(
         "--features", metavar="DIR", help="adds scores over published networks whose safetensors lie in DIR: clip/"
@@ -374,6 +385,14 @@ def _add_evaluate(commands: Any) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    if args.mixed and not args.compare:
+        raise ValueError("--mixed: without effect but for --compare, so name results with that, or leave it out")
+    if args.compare:
+        _refuse_without_effect(args, "--compare, which makes no clips", num=200, seed=0)
+        from stvdm.evaluation import comparison
+
+        comparison.main(args.compare, mixed=args.mixed, output=args.output)
+        return
     if args.damage:
         _refuse_without_effect(args, "--damage, which samples no model")
     _compilation_cache()
@@ -402,9 +421,10 @@ def _evaluate(args: argparse.Namespace) -> None:
     )
 
 
-def _refuse_without_effect(args: argparse.Namespace, beside: str) -> None:
-    """Options of sampling that were given although nothing is sampled."""
+def _refuse_without_effect(args: argparse.Namespace, beside: str, **further: Any) -> None:
+    """Options of sampling, or others (with what they usually are), that were given although nothing is sampled."""
     usual = {"checkpoint": BUNDLED, "steps": None, "guidance": None, "sampler": None, "batch": 16, "features": None}
+    usual |= further
     given = [f"--{name}={getattr(args, name)}" for name, value in usual.items() if getattr(args, name) != value]
     if given:
         raise ValueError(f"{' '.join(given)}: without effect beside {beside}, so leave it out")

@@ -378,6 +378,22 @@ def test_evaluate_damage_goes_to_the_metrics(calls):
     assert calls == [("damage", (), {"num": 20, "seed": 3, "output": "a folder", "command": command})]
 
 
+def test_evaluate_compare_sets_results_side_by_side(calls, stand_in):
+    stand_in("stvdm.evaluation.comparison", main=lambda *args, **kwargs: calls.append((args, kwargs)))
+    assert cli.main(["evaluate", "--compare", "a.json", "b.json", "--mixed", "--output=t.md"]) == 0
+    assert calls == [((["a.json", "b.json"],), {"mixed": True, "output": "t.md"})]
+
+
+def test_evaluate_compare_refuses_what_means_nothing_beside_it(calls, capsys):
+    said = failure(capsys, "evaluate", "--compare", "a.json", "b.json", "--num=8", "--steps=5")
+    assert "--steps=5 --num=8: without effect beside --compare" in said
+    assert "--mixed: without effect but for --compare" in failure(capsys, "evaluate", "--mixed")
+    assert "a.json" in failure(capsys, "evaluate", "--compare", "nowhere/a.json", "b.json")
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", "--damage", "--compare", "a.json", "b.json"])
+    assert not calls
+
+
 def test_evaluate_damage_refuses_options_of_sampling(calls, capsys):
     said = failure(capsys, "evaluate", "--damage", "--steps=5", "--guidance=2")
     assert "--steps=5 --guidance=2.0: without effect beside --damage" in said and not calls

@@ -52,6 +52,7 @@ LADDER = """
     interop.towers
     interop.diffusers
     evaluation.result_file
+    evaluation.comparison
     evaluation.metrics
     evaluation.tracking
     evaluation.physics

@@ -19,12 +19,13 @@ from __future__ import annotations
 
 import collections
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
 from stvdm import config as base
+from stvdm.evaluation import comparison, result_file
 
 Result = dict[str, Any]
 
@@ -38,7 +39,7 @@ def write(folder: epath.PathLike, result: Result) -> None:
     path = file_of(folder, result["variant"], result["seed"])
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.parent / f"{path.name}.partial"
-    partial.write_text(json.dumps(_rounded(result), indent=1) + "\n")
+    partial.write_text(json.dumps(result_file.rounded(result), indent=1) + "\n")
     partial.replace(path)
 
 
@@ -58,23 +59,17 @@ def check(results: Sequence[Result], *, expected: Mapping[str, Any] | None = Non
     Raises:
       ValueError: naming each file that differs, and in which keys.
     """
-    found = list(differences(results, expected=expected))
-    if found:
-        raise ValueError(
-            "these results were made under other conditions, and make no table with the rest:\n"
-            + "\n".join(f"  {line}" for line in found)
-            + "\nso delete those files and run their cells again, or look at all of them together with --mixed"
-        )
+    comparison.refuse(differences(results, expected=expected), "delete those files and run their cells again")
 
 
 def differences(results: Sequence[Result], *, expected: Mapping[str, Any] | None = None) -> Iterator[str]:
     """A line for each result whose conditions are not as expected, or whose edit is not that of its variant."""
     if expected is None:
-        expected = _commonest(result["conditions"] for result in results)
+        expected = comparison.commonest(result["conditions"] for result in results)
     by_variant = collections.defaultdict(list)
     for result in results:
         by_variant[result["variant"]].append(result["edit"])
-    edits = {variant: _commonest(found) for variant, found in by_variant.items()}
+    edits = {variant: comparison.commonest(found) for variant, found in by_variant.items()}
     for result in results:
         keys = [*_differing(result["conditions"], expected), *_differing(result["edit"], edits[result["variant"]])]
         if keys:
@@ -82,11 +77,7 @@ def differences(results: Sequence[Result], *, expected: Mapping[str, Any] | None
 
 
 def _differing(got: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[str]:
-    got, expected = _completed(got), _completed(expected)
-    for key in sorted({*got, *expected}):
-        ours, theirs = (_plain(side[key]) if key in side else "nothing" for side in (got, expected))
-        if ours != theirs:
-            yield f"{key}={ours}, expected {theirs}"
+    return comparison.differing(_completed(got), _completed(expected))
 
 
 def _completed(conditions: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -94,23 +85,3 @@ def _completed(conditions: Mapping[str, Any]) -> Mapping[str, Any]:
     kinds = {key.partition(".")[0] for key in conditions} & {"dit", "autoencoder"}
     usual = {f"{kind}.{key}": value for kind in kinds for key, value in base.defaults(kind).items()}
     return {**usual, **conditions}
-
-
-def _commonest(mappings: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:
-    texts = collections.Counter(json.dumps(mapping, sort_keys=True) for mapping in mappings)
-    return json.loads(texts.most_common(1)[0][0]) if texts else {}
-
-
-def _plain(value: Any) -> str:
-    """As it reads after a round trip through the file, so that tuples are lists."""
-    return json.dumps(_rounded(value), sort_keys=True)
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, Mapping):
-        return {key: _rounded(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rounded(one) for one in value]
-    return value

@@ -171,9 +171,10 @@ def identity_swap(shot: Shot, strength: float, *, seed: int = 0) -> np.ndarray:
 
 
 def vanishing(shot: Shot, strength: float, *, seed: int = 0) -> np.ndarray:
-    """For ``strength`` of the frames, rounded, one thing is not there; and then is again, where it would have been.
+    """For ``strength`` of the frames, rounded, a thing is not there; before and after it is, where it would have been.
 
-    These frames follow each other; of all such pieces one in which most of the thing could be seen.
+    These frames follow each other: of all such pieces, the first and the last of the clip too, one in which most of the
+    thing could be seen.
 
     Raises:
       ValueError: for a strength that is no share.

@@ -22,7 +22,7 @@ WIDTH = 400  # characters: what fits stands on one line
 def rounded(value: Any, digits: int = 6) -> Any:
     """The same with floats of so many digits, and lists for tuples."""
     if isinstance(value, float):
-        return float(f"{value:.{digits}g}")
+        return float(f"{value:.{digits}g}") + 0.0  # of -0.0 that makes 0.0
     if isinstance(value, Mapping):
         return {key: rounded(one, digits) for key, one in value.items()}
     if isinstance(value, list | tuple):

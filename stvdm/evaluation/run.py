@@ -15,7 +15,7 @@ Scenes come from the test split: each shows a combination of colour, shape and m
 from __future__ import annotations
 
 import functools
-import json
+import hashlib
 import math
 import os
 import sys
@@ -30,7 +30,7 @@ import stvdm
 from stvdm.data import kinetic_scene, kinetic_shapes
 from stvdm.data.kinetic_shapes import Scene, World
 from stvdm.diffusion import flow
-from stvdm.evaluation import metrics, physics, published
+from stvdm.evaluation import metrics, physics, published, result_file
 from stvdm.sampling import pipeline as sampling
 from stvdm.sampling.pipeline import Models, Pipeline, Result, to_model_range
 
@@ -86,8 +86,8 @@ def main(
     if judges is not None:
         say("asking published networks")
         report["published"] = judged(judges, held, result.videos)
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    Path(output).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    report["conditions"]["checkpoint"] = "bundled" if checkpoint is None else str(checkpoint)
+    result_file.write(output, report)
     from stvdm.data import video
 
     shown, captions = list(result.videos[:16]), result.prompts[:16]
@@ -155,7 +155,13 @@ def measure(
     sampler: str | None = None,
     batch: int = 16,
 ) -> tuple[dict[str, Any], Result]:
-    """What a model makes of the captions of held-out scenes: scores with all their conditions, and the clips."""
+    """What a model makes of the captions of held-out scenes: scores with all their conditions, and the clips.
+
+    "conditions" of the report are the set of prompts and its digest, the world that it was drawn from, how many
+    samples, their seeds, length and size, how they were sampled, the digest of the model's weights, versions and
+    device: what must be equal for two results to be compared (`comparison`), but for the model. "scores" are those of
+    each clip, None where its prompt does not ask.
+    """
     num = len(held.scenes)
     prompts = [scene.caption for scene in held.scenes]
     result = pipeline.generate(
@@ -171,9 +177,12 @@ def measure(
     report = {
         "conditions": {
             "prompts": f"kinetic shapes, test split, seed {held.seed}, {num} scenes",
+            "prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+            "num": num,
             "world": {name: list(v) if isinstance(v, tuple) else v for name, v in vars(held.world).items()},
             **result.settings,
             "clip_seeds": f"{held.seed} * 1000003 + index",
+            "loss_times": list(LOSS_TIMES),
             "versions": {"stvdm": stvdm.__version__, "jax": jax.__version__},
             "device": jax.devices()[0].device_kind,
         },
@@ -185,6 +194,7 @@ def measure(
         "reconstruction": held.reconstruction,
         "flicker": {"generated": frame_change(result.videos), **held.flicker},
         "flow_loss": flow_loss(pipeline, held.latents, prompts, batch=batch),
+        "scores": {item: result_file.kept([one[item] for one in scores]) for item in physics.ITEMS},
     }
     return report, result
 

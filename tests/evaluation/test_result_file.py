@@ -35,6 +35,10 @@ def test_numbers_are_rounded_to_digits_not_places():
     assert result_file.kept([math.nan, 123456.0, True], 3) == [None, 123000.0, True]
 
 
+def test_nothing_has_no_sign():
+    assert result_file.as_json(result_file.rounded([-0.0, -1e-9])) == "[0.0, -1e-09]\n"
+
+
 def test_what_is_not_a_number_is_null():
     assert result_file.as_json({"a": math.nan, "b": [1.5, math.nan]}) == '{"a": null, "b": [1.5, null]}\n'
 

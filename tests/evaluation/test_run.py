@@ -11,7 +11,7 @@ import pytest
 from stvdm import checkpoint
 from stvdm.data.kinetic_scene import render
 from stvdm.data.kinetic_shapes import World, sample_scene
-from stvdm.evaluation import physics, run
+from stvdm.evaluation import comparison, physics, run
 from stvdm.sampling.pipeline import Pipeline
 
 
@@ -38,6 +38,10 @@ def test_a_model_of_noise_is_told_apart_from_real_clips(kinetic_model, networks,
     assert written == json.loads(json.dumps(report))
     assert written["conditions"]["steps"] == 2
     assert written["conditions"]["model_sha256"]
+    assert written["conditions"]["checkpoint"] == str(kinetic_model)
+    named = {"prompts", "prompts_sha256", "world", "num", "num_frames", "height", "width", "fps", "steps", "guidance"}
+    assert named | {"sampler", "clip_seeds", "versions", "device"} <= written["conditions"].keys()
+    assert written["conditions"]["num"] == 5 == len(written["scores"]["all_right"])
     cells = written["items"]["all_right"]
     assert cells["generated"]["mean"] == 0.0
     assert cells["generated"]["num"] == 5
@@ -52,6 +56,18 @@ def test_a_model_of_noise_is_told_apart_from_real_clips(kinetic_model, networks,
 def test_a_folder_without_networks_is_refused_before_anything_is_made(kinetic_model, tmp_path):
     with pytest.raises(ValueError, match=r"expected a folder with any of clip/"):
         run.main(kinetic_model, num=3, features=tmp_path)
+
+
+def test_results_say_when_their_prompts_differ(kinetic_model):
+    loaded = Pipeline.load(kinetic_model)
+    one, other, again = (
+        run.measure(loaded, run.hold_out(loaded, num=2, seed=seed, batch=2), steps=1, batch=2)[0] for seed in (0, 1, 0)
+    )
+    assert list(comparison.differing(one["conditions"], again["conditions"])) == []
+    keys = {line.partition("=")[0] for line in comparison.differing(one["conditions"], other["conditions"])}
+    assert keys == {"prompts", "prompts_sha256", "clip_seeds"}
+    table = comparison.as_markdown({"one": one, "again": again})
+    assert "unpaired" not in table and "| all_right | 2 |" in table
 
 
 def test_an_item_that_real_clips_fail_is_not_reported():

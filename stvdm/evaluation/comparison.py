@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""May results stand in one table? Only if they were made under the same conditions; and the table.
+
+A result says under "conditions" what it was made under: prompts, resolution, length, steps, guidance, seeds, how many
+samples, versions, device. What differs is named, file by file and key by key. `stvdm evaluate --compare` sets results
+of `stvdm evaluate` side by side, of which only the model may differ (its path and the digest of its weights), since
+that is what is compared; cells of ablations have a rule more (`stvdm.ablations.results`).
+
+    stvdm evaluate --compare one.json other.json
+    found = read(paths);  check(found);  print(as_markdown(found))
+
+A difference of two results has the interval that follows from those of the two (MOVER: Newcombe 1998, Stat. Med. 17:873
+and 17:2635; Zou & Donner 2008, https://doi.org/10.1002/sim.3095):
+
+    low  = d - sqrt((m1 - l1)² + (u0 - m0)² - 2 r (m1 - l1) (u0 - m0)),     d = m1 - m0
+    high = d + sqrt((u1 - m1)² + (m0 - l0)² - 2 r (u1 - m1) (m0 - l0))
+
+with r the correlation over the prompts of the two models' scores where they had the same prompts (*paired*), else 0. It
+is sound also where all clips are right, or none.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from stvdm.evaluation import result_file
+
+Result = dict[str, Any]
+Conditions = Mapping[str, Any]
+
+OF_THE_MODEL = ("checkpoint", "model_sha256")  # what is compared, and so may differ
+SCALARS = {  # of a result, without intervals, beside those of published networks: row -> where it is
+    "change from frame to frame": ("flicker", "generated"),
+    "flow loss (of one autoencoder)": ("flow_loss",),
+    "autoencoder PSNR, dB": ("reconstruction", "psnr_db"),
+    "autoencoder SSIM": ("reconstruction", "ssim"),
+    "autoencoder excess flicker": ("reconstruction", "excess_flicker"),
+    "autoencoder latent flicker": ("reconstruction", "latent_flicker"),
+}
+
+
+# --- the same conditions? --------------------------------------------------------------------------------------------
+
+
+def differing(got: Conditions, expected: Conditions) -> Iterator[str]:
+    """ "key=ours, expected theirs" for each key that differs, or that only one of them has.
+
+    Mappings within are looked into ("versions.jax"); numbers are compared to the six digits that files keep.
+    """
+    ours, theirs = flat(got), flat(expected)
+    for key in sorted({*ours, *theirs}):
+        one, other = (_plain(side[key]) if key in side else "nothing" for side in (ours, theirs))
+        if one != other:
+            yield f"{key}={one}, expected {other}"
+
+
+def commonest(mappings: Iterable[Conditions]) -> Conditions:
+    """The one that most of them equal; the first of them among equals; {} of none."""
+    texts = collections.Counter(json.dumps(mapping, sort_keys=True) for mapping in mappings)
+    return json.loads(texts.most_common(1)[0][0]) if texts else {}
+
+
+def refuse(differences: Iterable[str], remedy: str) -> None:
+    """Raises if there are any.
+
+    Raises:
+      ValueError: a line for each difference, and what to do.
+    """
+    found = list(differences)
+    if found:
+        raise ValueError(
+            "these results were made under other conditions, and make no table with the rest:\n"
+            + "\n".join(f"  {line}" for line in found)
+            + f"\nso {remedy}, or look at all of them together with --mixed"
+        )
+
+
+def flat(conditions: Conditions, prefix: str = "") -> dict[str, Any]:
+    """Mappings within as keys with dots."""
+    found: dict[str, Any] = {}
+    for key, value in conditions.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def _plain(value: Any) -> str:
+    """As it reads after a round trip through the file, so that tuples are lists."""
+    return json.dumps(result_file.rounded(value), sort_keys=True)
+
+
+# --- results of `stvdm evaluate` -------------------------------------------------------------------------------------
+
+
+def main(
+    paths: Sequence[epath.PathLike],
+    *,
+    mixed: bool = False,
+    output: epath.PathLike | None = None,
+    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
+) -> str:
+    """Prints results side by side, the first of them what the others are held against; and writes that to ``output``.
+
+    Raises:
+      ValueError: for fewer than two results, files that hold none, or (unless ``mixed``) differing conditions.
+    """
+    found = read(paths)
+    if not mixed:
+        by_path = dict(zip(map(str, paths), found.values(), strict=True))
+        refuse(differences(by_path), "evaluate again under the conditions of the first")
+    text = as_markdown(found)
+    print(text)
+    if output is not None:
+        target = epath.Path(output)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text)
+        say(f"in {output}")
+    return text
+
+
+def read(paths: Sequence[epath.PathLike]) -> dict[str, Result]:
+    """The results in files, by the shortest names that tell these apart.
+
+    Raises:
+      ValueError: for fewer than two files, one named twice, or one that is not of `stvdm evaluate`.
+    """
+    names = _names([str(path) for path in paths])
+    if len(names) < 2:
+        raise ValueError(f"{len(names)} result: expected two or more to compare, so name another file.")
+    found = {}
+    for name, path in zip(names, paths, strict=True):
+        result = result_file.read(path)
+        if lacking := [key for key in ("conditions", "items") if not isinstance(result.get(key), dict)]:
+            raise ValueError(
+                f"{path}: without {' and '.join(lacking)}: expected a result of `stvdm evaluate --output={path}`."
+            )
+        found[name] = result
+    return found
+
+
+def differences(results: Mapping[str, Result]) -> Iterator[str]:
+    """A line for each result whose conditions, but for its model, are not those of the first."""
+
+    def shared(result: Result) -> dict[str, Any]:
+        return {key: value for key, value in result["conditions"].items() if key not in OF_THE_MODEL}
+
+    (first, reference), *others = results.items()
+    for name, result in others:
+        keys = [key.replace(", expected ", f", in {first} ") for key in differing(shared(result), shared(reference))]
+        if keys:
+            yield f"{name}: {'; '.join(keys)}"
+
+
+def difference(
+    one: Mapping[str, float], reference: Mapping[str, float], correlation: float = 0.0
+) -> tuple[float, float, float]:
+    """(difference of the means, low, high) of two cells with "mean", "low", "high": MOVER, see above."""
+    m1, l1, u1 = (one[key] for key in ("mean", "low", "high"))
+    m0, l0, u0 = (reference[key] for key in ("mean", "low", "high"))
+
+    def reach(a: float, b: float) -> float:
+        return math.sqrt(max(0.0, a * a + b * b - 2 * correlation * a * b))
+
+    return m1 - m0, m1 - m0 - reach(m1 - l1, u0 - m0), m1 - m0 + reach(u1 - m1, m0 - l0)
+
+
+def correlation(one: Result, reference: Result, item: str) -> float | None:
+    """Of the scores of two results over the prompts that both judged; None if they had not the same prompts.
+
+    0 where one of the two scores all clips alike.
+    """
+    same = [result["conditions"].get("prompts_sha256") for result in (one, reference)]
+    scores = [result.get("scores", {}).get(item) for result in (one, reference)]
+    if None in (*same, *scores) or same[0] != same[1]:
+        return None
+    pairs = np.asarray([pair for pair in zip(*scores, strict=True) if None not in pair], np.float64).reshape(-1, 2)
+    if len(pairs) < 3 or (pairs == pairs[0]).all(axis=0).any():
+        return 0.0
+    return float(np.asarray(np.corrcoef(pairs.T))[0, 1])
+
+
+def as_markdown(results: Mapping[str, Result]) -> str:
+    """The table: a row for each item, a column for each result, and for each but the first its difference to the first.
+
+    If conditions differ, it says so beneath, and which.
+    """
+    (first, reference), *others = results.items()
+    titles = ["", "clips", *results, *(f"{name} - {first}" for name, _ in others)]
+    rows: list[list[str]] = []
+    paired = True
+    for item in dict.fromkeys(item for result in results.values() for item in result["items"]):
+        cells = {name: _generated(result, item) for name, result in results.items()}
+        row = [item, _counts(cells.values()), *(_cell(results[name], item, cell) for name, cell in cells.items())]
+        for name, result in others:
+            ours, theirs = cells[name], cells[first]
+            if ours is None or theirs is None:
+                row.append("")
+                continue
+            together = correlation(result, reference, item)
+            paired &= together is not None
+            row.append(_apart(difference(ours, theirs, together or 0.0)) + " unpaired" * (together is None))
+        rows.append(row)
+    published = {
+        name: ("published", name, "generated") for one in results.values() for name in one.get("published", {})
+    }
+    for label, where in (published | SCALARS).items():
+        values = {name: _at(result, where) for name, result in results.items()}
+        if any(value is not None for value in values.values()):
+            apart = [_signed(values[name], values[first]) for name, _ in others]
+            rows.append([label, "", *("" if v is None else f"{v:.4g}" for v in values.values()), *apart])
+    parts = ["\n".join("| " + " | ".join(line) + " |" for line in [titles, ["---"] * len(titles), *rows])]
+    how = "paired over the same prompts" if paired else "paired where nothing else is said"
+    parts.append(
+        f"Means of generated clips with 95 % intervals; differences to {first}, {how}, in bold where the interval "
+        "leaves 0 outside. One training each: what another seed of training would change is not in these intervals."
+    )
+    lines = list(differences(results))
+    if lines:
+        parts.append("**Mixed**: made under other conditions than the first, so that not the model alone differs:")
+        parts.append("\n".join(f"- {line}" for line in lines))
+    models = [
+        f"- {name}: {result['conditions'].get('checkpoint', 'a model')}, "
+        f"sha256 {str(result['conditions'].get('model_sha256', 'not said'))[:12]}"
+        for name, result in results.items()
+    ]
+    shared = dict(flat(reference["conditions"]))
+    told = [f"{key} {shared[key]}" for key in _TOLD if key in shared]
+    parts += ["Models:", "\n".join(models), f"Conditions of {first}: {'; '.join(told)}."]
+    return "\n\n".join(parts) + "\n"
+
+
+_TOLD = (
+    "prompts",
+    "num_frames",
+    "height",
+    "width",
+    "fps",
+    "sampler",
+    "steps",
+    "guidance",
+    "clip_seeds",
+    "versions.stvdm",
+    "versions.jax",
+    "device",
+)
+
+
+def _names(paths: Sequence[str]) -> list[str]:
+    """Stems; with the folder before where stems are alike; else the paths."""
+    for length in range(1, 4):
+        names = ["/".join(Path(path).with_suffix("").parts[-length:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    if len(set(paths)) < len(paths):
+        twice = collections.Counter(paths).most_common(1)[0][0]
+        raise ValueError(f"{twice}: named twice, expected different results, so leave one out.")
+    return list(paths)
+
+
+def _generated(result: Result, item: str) -> dict[str, float] | None:
+    return result["items"].get(item, {}).get("generated")
+
+
+def _counts(cells: Iterable[Mapping[str, float] | None]) -> str:
+    counts = [str(cell["num"]) for cell in cells if cell is not None]
+    return counts[0] if len(set(counts)) == 1 else ", ".join(counts)
+
+
+def _cell(result: Result, item: str, cell: Mapping[str, float] | None) -> str:
+    if cell is None:
+        return "not reported" if "not_reported" in result["items"].get(item, {}) else "-"
+    return f"{cell['mean']:.3f} [{cell['low']:.3f}, {cell['high']:.3f}]"
+
+
+def _apart(found: tuple[float, float, float]) -> str:
+    text = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*found)
+    return f"**{text}**" if found[1] > 0 or found[2] < 0 else text
+
+
+def _at(result: Any, where: Sequence[str]) -> float | None:
+    for key in where:
+        result = result.get(key) if isinstance(result, Mapping) else None
+    return result
+
+
+def _signed(value: float | None, reference: float | None) -> str:
+    return "" if value is None or reference is None else f"{value - reference:+.3g}"
