@@ -380,7 +380,10 @@ def _add_evaluate(commands: Any) -> None:
         "table, default: none",
     )
     command.add_argument(
-        "--features", metavar="DIR", help="adds scores over published networks whose safetensors lie in DIR: clip/"
+        "--features",
+        metavar="DIR",
+        help="adds scores over published networks whose safetensors lie in DIR: clip/ (CLIP score), i3d/ (FVD), "
+        "videomae/ (content-debiased FVD), lpips/; any of them",
     )
 
 

@@ -29,6 +29,9 @@ LADDER = """
     models.tokenizers
     models.transformer
     models.clip
+    models.videomae
+    models.i3d
+    models.lpips
     models.critics
     models.video_features
     diffusion.flow

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What published networks say of clips: CLIP score, and more where their weights are at hand.
+"""What published networks say of clips, where their weights are at hand: CLIP score, LPIPS, and the features that
+Frechet video distances look at.
 
-    judges = Judges.load("networks")        # a folder with any of clip/
+    judges = Judges.load("networks")        # a folder with any of clip/ i3d/ videomae/ lpips/
     judges.clip_score(videos, captions)     # (B,) one number for each clip
+    judges.lpips_distance(rebuilt, videos)  # (B,)
+    distances(judges.features("i3d", made), judges.features("i3d", real))["frechet"]      # FVD; see `instruments`
 
 Weights come from their authors, as safetensors; none are in this package. Videos are uint8 (B, T, H, W, 3). Products
 are float32 on every device, so that numbers agree with those of the references. Batches have one compiled shape.
@@ -20,9 +23,10 @@ import numpy as np
 from etils import epath
 
 from stvdm.interop import towers
-from stvdm.models import clip
+from stvdm.models import clip, i3d, videomae
 
-NAMES = ("clip",)
+NAMES = ("clip", "i3d", "videomae", "lpips")
+OF_VIDEOS = ("i3d", "videomae")  # those that give features of clips
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +34,9 @@ class Judges:
     """The networks of a folder; a score whose network is not there raises."""
 
     clip: towers.Clip | None = None
+    i3d: towers.Tower | None = None
+    videomae: towers.Tower | None = None
+    lpips: towers.Tower | None = None
 
     @classmethod
     def load(cls, folder: epath.PathLike) -> Judges:
@@ -66,6 +73,48 @@ class Judges:
         B, T = videos.shape[:2]
         image_BTE = in_batches(see, videos.reshape(B * T, *videos.shape[2:]), batch=batch).reshape(B, T, -1)
         return np.stack([clip_score(text, images) for text, images in zip(text_BE, image_BTE, strict=True)])
+
+    def features(self, name: str, videos: np.ndarray, *, batch: int = 4) -> np.ndarray:
+        """(B, D) of clips: of "i3d" its 400 logits, for FVD; of "videomae" its mean token behind the last norm.
+
+        Frames are stretched to 224 x 224 bilinearly, without smoothing. I3D sees all of a clip, at least 9 frames;
+        VideoMAE its first 16. Sets that are compared need one length and one frame rate.
+
+        Raises:
+          ValueError: without that network, or for clips that are too short for it.
+        """
+        model, params = self._need(name)
+        if name == "videomae":
+
+            def look(clips: np.ndarray) -> jax.Array:
+                return apply(
+                    params, videomae.prepare(clips, num_frames=model.num_frames, size=model.image_size)
+                ).features_BD
+        else:
+
+            def look(clips: np.ndarray) -> jax.Array:
+                return apply(params, i3d.prepare(clips))
+
+        apply = _apply(model)
+        return in_batches(look, videos, batch=batch)
+
+    def lpips_distance(self, videos: np.ndarray, originals: np.ndarray, *, batch: int = 32) -> np.ndarray:
+        """LPIPS of each clip and its original: the mean over frames, at their own size; (B,).
+
+        Raises:
+          ValueError: without LPIPS, or for clips of different shapes.
+        """
+        model, params = self._need("lpips")
+        if videos.shape != originals.shape:
+            raise ValueError(f"clips of {videos.shape} and {originals.shape}: expected each with its original.")
+        apply = _apply(model)
+        B, T = videos.shape[:2]
+        frames = [clips.reshape(B * T, *clips.shape[2:]) for clips in (videos, originals)]
+
+        def compare(one: np.ndarray, other: np.ndarray) -> jax.Array:
+            return apply(params, one / np.float32(127.5) - 1, other / np.float32(127.5) - 1)
+
+        return in_batches(compare, *frames, batch=batch).reshape(B, T).mean(axis=1)
 
     def _need(self, name: str) -> Any:
         found = getattr(self, name)
@@ -108,6 +157,11 @@ def _read(model: clip.CLIP) -> Callable[..., jax.Array]:
 @functools.lru_cache(maxsize=4)
 def _look(model: clip.CLIP) -> Callable[..., jax.Array]:
     return _exactly(lambda params, images: model.apply({"params": params}, images, method="look").embedding_BE)
+
+
+@functools.lru_cache(maxsize=4)
+def _apply(model: Any) -> Callable[..., Any]:
+    return _exactly(lambda params, *inputs: model.apply({"params": params}, *inputs))
 
 
 def _exactly(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -30,12 +30,13 @@ import stvdm
 from stvdm.data import kinetic_scene, kinetic_shapes
 from stvdm.data.kinetic_shapes import Scene, World
 from stvdm.diffusion import flow
-from stvdm.evaluation import metrics, physics, published, result_file
+from stvdm.evaluation import instruments, metrics, physics, published, result_file
 from stvdm.sampling import pipeline as sampling
 from stvdm.sampling.pipeline import Models, Pipeline, Result, to_model_range
 
 HIGHER_IS_BETTER = (*physics.RIGHT_OR_WRONG, "all_right", "colour_constancy")
 OF_THE_PROMPT = (*physics.PROMPT, "all_right")  # items that a clip can only get right by reading its prompt, or by luck
+LEAST_OF_A_SET = 3  # clips: of as many or fewer there are no distances
 LOSS_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels at which `flow_loss` is taken
 
 
@@ -47,6 +48,7 @@ class HeldOut(NamedTuple):
     seed: int  # of the scenes
     real: np.ndarray  # uint8 (num, T, H, W, 3)
     rebuilt: np.ndarray  # the same, through the autoencoder
+    others: np.ndarray  # the same, of as many other scenes: how far apart sets of real clips are
     latents: np.ndarray  # normalised, (num, t, h, w, z)
     columns: dict[str, dict[str, physics.Row]]  # "reconstructed", "real" and, of more than one scene, "chance"
     reconstruction: dict[str, float]
@@ -119,7 +121,13 @@ def hold_out(
     T, height, width = pipeline.default_shape
     place = World(**{**dict(pipeline.settings["data"]["world"]), **(world or {})})
     scenes = [kinetic_shapes.sample_scene(seed, index, split="test", world=place) for index in range(num)]
-    real = np.stack([kinetic_scene.render(scene, num_frames or T, height, width, pipeline.fps) for scene in scenes])
+    unrelated = [kinetic_shapes.sample_scene(seed, num + i, split="test", world=place) for i in range(num)]
+
+    def film(scenes: Sequence[Scene]) -> np.ndarray:
+        shape = (num_frames or T, height, width)
+        return np.stack([kinetic_scene.render(scene, *shape, pipeline.fps) for scene in scenes])
+
+    real = film(scenes)
     parts = [_filled(real[start : start + batch], batch) for start in range(0, num, batch)]
     latents = [pipeline.encode(part) for part in parts]
     rebuilt = np.concatenate([pipeline.decode(latent) for latent in latents])[:num]
@@ -136,6 +144,7 @@ def hold_out(
         seed=seed,
         real=real,
         rebuilt=rebuilt,
+        others=film(unrelated),
         latents=np.concatenate([np.asarray(latent) for latent in latents])[:num],
         columns=columns,
         reconstruction={
@@ -202,7 +211,9 @@ def measure(
 def judged(judges: published.Judges, held: HeldOut, videos: np.ndarray) -> dict[str, dict[str, float]]:
     """Score -> column -> what published networks say of generated, reconstructed and real clips, and by chance.
 
-    clip_score: mean over clips. Chance: real clips under captions of others.
+    clip_score: mean over clips. Chance: real clips under captions of others. lpips: of reconstructed clips. Of I3D and
+    of VideoMAE the distances of `instruments` from the real clips, e.g. i3d_frechet, which is FVD; there "real" are as
+    many other real clips, the distance of which is what so few clips come to without any fault.
     """
     captions = [scene.caption for scene in held.scenes]
     found: dict[str, dict[str, float]] = {}
@@ -213,6 +224,33 @@ def judged(judges: published.Judges, held: HeldOut, videos: np.ndarray) -> dict[
         found["clip_score"] = {
             name: float(judges.clip_score(clips, captions).mean()) for name, clips in columns.items()
         }
+    if judges.lpips is not None:
+        found["lpips"] = {"reconstructed": float(judges.lpips_distance(held.rebuilt, held.real).mean())}
+    for network in published.OF_VIDEOS:
+        if getattr(judges, network) is not None:
+            of = functools.partial(judges.features, network)
+            sets = {"generated": videos, "reconstructed": held.rebuilt, "real": held.others}
+            found |= distances_of(sets, held.real, of, network)
+    return found
+
+
+def distances_of(
+    columns: Mapping[str, np.ndarray],
+    real: np.ndarray,
+    features: Callable[[np.ndarray], np.ndarray],
+    name: str,
+) -> dict[str, dict[str, float]]:
+    """Distance -> column -> how far a column's clips are from real ones by features: NAME_frechet, NAME_kernel, ...
+
+    Of fewer clips than `distributions.precision_recall` needs there are none.
+    """
+    found: dict[str, dict[str, float]] = {}
+    if len(real) <= LEAST_OF_A_SET:
+        return found
+    real_ND = features(real)
+    for column, clips in columns.items():
+        for kind, value in instruments.distances(features(clips), real_ND).items():
+            found.setdefault(f"{name}_{kind}", {})[column] = value
     return found
 
 

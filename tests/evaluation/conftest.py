@@ -17,4 +17,7 @@ def networks(tmp_path_factory):
     vocabulary, merges = foreign.byte_pairs()
     (folder / "clip" / "vocab.json").write_text(json.dumps(vocabulary))
     (folder / "clip" / "merges.txt").write_text("\n".join(map(" ".join, merges)))
+    (folder / "videomae").mkdir()
+    save_file(foreign.weights(golden["videomae"]["shapes"]), folder / "videomae" / "model.safetensors")
+    (folder / "videomae" / "config.json").write_text(json.dumps(foreign.VIDEOMAE))
     return folder

@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores over published networks, with small random ones in their place."""
 
+import dataclasses
+
+import foreign
+import jax
 import numpy as np
 import pytest
 
 from stvdm.evaluation import published
-from stvdm.models import clip
+from stvdm.interop import mapping, towers
+from stvdm.models import clip, i3d, lpips, videomae
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +50,41 @@ def test_the_clip_score_does_not_see_time(judges):
     clips = videos(2)
     forwards, backwards = (judges.clip_score(v, ["a", "b"]) for v in (clips, clips[:, ::-1]))
     np.testing.assert_allclose(forwards, backwards, rtol=1e-6)
+
+
+def tiny_i3d():
+    model, source = i3d.I3D(**foreign.I3D), foreign.weights(foreign.golden()["i3d"]["shapes"])
+    return towers.Tower(model, mapping.into(towers.i3d_shapes(model), source, towers.I3D_RULES))
+
+
+def test_features_are_of_prepared_clips(judges):
+    """VideoMAE's of the first 4 frames, I3D's of all."""
+    judges = dataclasses.replace(judges, i3d=tiny_i3d())
+    clips = videos(3, frames=9)
+    for name, network, num in (("videomae", judges.videomae, 3), ("i3d", judges.i3d, 1)):
+        prepared = videomae.prepare(clips, num_frames=4, size=15) if name == "videomae" else i3d.prepare(clips[:1])
+        seen = jax.jit(network.model.apply)({"params": network.params}, prepared)
+        expected = seen.features_BD if name == "videomae" else seen
+        found = judges.features(name, clips[:num], batch=min(num, 2))
+        assert found.shape == (num, 32 if name == "videomae" else 11)
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+    found = [judges.features("videomae", seen, batch=2) for seen in (clips, clips[:, :4])]
+    np.testing.assert_allclose(*found, rtol=1e-5)
+
+
+def test_lpips_of_a_clip_is_the_mean_over_its_frames():
+    trunk = foreign.LPIPS_TRUNKS["alex"]
+    model = lpips.LPIPS(trunk, lpips.POOLS["alex"])
+    source = foreign.weights(foreign.golden()["lpips"]["alex"]["shapes"])
+    params = mapping.into(towers.lpips_shapes(model), source, towers.LPIPS_RULES)
+    judges = published.Judges(lpips=towers.Tower(model, params))
+    one, other = videos(2, size=40), videos(3, size=40)[:2]
+    frames = jax.jit(model.apply)({"params": params}, *(v[0] / np.float32(127.5) - 1 for v in (one, other)))
+    found = judges.lpips_distance(one, other, batch=4)
+    assert found[0] == pytest.approx(float(np.mean(frames)), rel=1e-4)
+    assert judges.lpips_distance(one, one) == pytest.approx([0, 0])
+    with pytest.raises(ValueError, match="expected each with its original"):
+        judges.lpips_distance(one, other[:1])
 
 
 def test_batches_do_not_show(judges):

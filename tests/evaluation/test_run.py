@@ -49,6 +49,7 @@ def test_a_model_of_noise_is_told_apart_from_real_clips(kinetic_model, networks,
     assert (tmp_path / "out" / "results.png").exists()
     assert (tmp_path / "out" / "results.gif").exists()
     assert set(written["published"]["clip_score"]) == {"generated", "reconstructed", "real", "chance"}
+    assert set(written["published"]["videomae_frechet"]) == {"generated", "reconstructed", "real"}
     printed = capsys.readouterr().out
     assert "all_right" in printed and "clip_score: generated " in printed
 

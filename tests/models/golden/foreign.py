@@ -31,6 +31,32 @@ CLIP = dict(
     ),
     projection_dim=20,
 )
+VIDEOMAE = dict(
+    image_size=15,
+    patch_size=5,
+    num_frames=4,
+    tubelet_size=2,
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    intermediate_size=72,
+)
+I3D = dict(
+    num_classes=11,
+    stem=(5, 6, 7),
+    blocks=(
+        ("Mixed_3b", (2, 3, 4, 5, 6, 7)),
+        ("Mixed_3c", (7, 6, 5, 4, 3, 2)),
+        ("Mixed_4b", (3, 2, 6, 4, 5, 8)),
+        ("Mixed_5b", (4, 5, 3, 2, 7, 6)),
+        ("Mixed_5c", (8, 2, 3, 5, 4, 7)),
+    ),
+    last_pool=(2, 2, 3),
+)
+LPIPS_TRUNKS = {
+    "alex": ((0, 4, 11, 4, 2), "tap", "pool", (3, 6, 5, 1, 2), "tap", "pool", (6, 7, 3, 1, 1), "tap"),
+    "vgg": ((0, 4, 3, 1, 1), (2, 5, 3, 1, 1), "tap", "pool", (5, 6, 3, 1, 1), (7, 8, 3, 1, 1), "tap"),
+}
 CAPTIONS = (
     "a red ball bounces to the right",
     "",
@@ -106,3 +132,16 @@ def error(array: np.ndarray, expected: dict) -> float:
     apart = [abs(flat[int(i)] - value) for i, value in expected["values"].items()]
     apart += [abs(flat.mean() - expected["mean"]), abs(np.sqrt(np.square(flat).mean()) - expected["size"])]
     return max(apart) / expected["size"]
+
+
+def apart(one: object, other: object) -> float:
+    """How far what is shown of two runs is apart, at worst, in parts of the size of each output; the rest is equal."""
+    if not isinstance(one, dict) or not isinstance(other, dict):
+        assert one == other
+        return 0.0
+    assert one.keys() == other.keys()
+    if "values" in one:
+        assert (one["shape"], one["values"].keys()) == (other["shape"], other["values"].keys())
+        gaps = [abs(value - other["values"][place]) for place, value in one["values"].items()]
+        return max([*gaps, abs(one["mean"] - other["mean"])]) / other["size"]
+    return max([0.0, *(apart(one[name], other[name]) for name in one)])

@@ -3,10 +3,12 @@
 
     pip install -e '.[parity]' && python tests/models/golden/make_towers.py
 
-transformers has CLIP. The tests compare with the file, and where PyTorch is installed with a fresh run of this.
+transformers has CLIP and VideoMAE. I3D and LPIPS are written here from their papers, with the names of the published
+PyTorch modules. The tests compare with the file, and where PyTorch is installed with a fresh run of this.
 """
 
 import json
+import math
 
 import foreign
 import numpy as np
@@ -60,11 +62,155 @@ def clip() -> dict:
     }
 
 
+def videomae() -> dict:
+    videos = foreign.inputs("videos", (2, 4, 15, 15, 3))
+    with torch.no_grad():
+        pixels = torch.from_numpy(videos).permute(0, 1, 4, 2, 3)
+        tuned = filled(
+            transformers.VideoMAEForVideoClassification(transformers.VideoMAEConfig(**foreign.VIDEOMAE, num_labels=5))
+        )
+        hidden = tuned.videomae(pixels).last_hidden_state
+        config = transformers.VideoMAEConfig(**foreign.VIDEOMAE, use_mean_pooling=False)
+        plain = filled(transformers.VideoMAEModel(config))
+        outputs = {
+            "hidden": hidden,
+            "features": tuned.fc_norm(hidden.mean(1)),
+            "hidden_norm_first": plain(pixels).last_hidden_state,
+        }
+    bytes_ = torch.from_numpy(np.stack([foreign.picture(20, 31)] * 2)[None])  # (1, 2, 20, 31, 3)
+    stretched = torch.nn.functional.interpolate(
+        bytes_[0].permute(0, 3, 1, 2).float() / 255, size=(24, 24), mode="bilinear", align_corners=False
+    )
+    return {
+        "shapes": shapes_of(tuned),
+        "shapes_norm_first": shapes_of(plain),
+        "outputs": {name: foreign.shown(tensor.numpy()) for name, tensor in outputs.items()},
+        "prepared": foreign.shown(stretched.permute(0, 2, 3, 1).numpy()[None]),
+    }
+
+
+def same(x: torch.Tensor, window: tuple, stride: tuple) -> torch.Tensor:
+    """Zeros around (B, C, T, H, W), so that ceil(size / stride) windows fit: the lesser half in front."""
+    around = []
+    for size, k, s in zip(reversed(x.shape[2:]), reversed(window), reversed(stride), strict=True):
+        missing = max((math.ceil(size / s) - 1) * s + k - size, 0)
+        around += [missing // 2, missing - missing // 2]
+    return torch.nn.functional.pad(x, around)
+
+
+class Unit(torch.nn.Module):
+    """Convolution, batch norm, relu; the names inside are those of the published port."""
+
+    def __init__(self, wide_in: int, wide: int, kernel: tuple = (1, 1, 1), stride: tuple = (1, 1, 1)) -> None:
+        super().__init__()
+        self.kernel, self.stride = kernel, stride
+        self.conv3d = torch.nn.Conv3d(wide_in, wide, kernel, stride, bias=False)
+        self.bn = torch.nn.BatchNorm3d(wide, eps=1e-3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.bn(self.conv3d(same(x, self.kernel, self.stride))).relu()
+
+
+class Inception(torch.nn.Module):
+    def __init__(self, wide_in: int, w: tuple) -> None:
+        super().__init__()
+        self.b0 = Unit(wide_in, w[0])
+        self.b1a, self.b1b = Unit(wide_in, w[1]), Unit(w[1], w[2], (3, 3, 3))
+        self.b2a, self.b2b = Unit(wide_in, w[3]), Unit(w[3], w[4], (3, 3, 3))
+        self.b3b = Unit(wide_in, w[5])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pooled = pool(x, (3, 3, 3), (1, 1, 1))
+        return torch.cat([self.b0(x), self.b1b(self.b1a(x)), self.b2b(self.b2a(x)), self.b3b(pooled)], dim=1)
+
+
+def pool(x: torch.Tensor, window: tuple, stride: tuple) -> torch.Tensor:
+    return torch.nn.functional.max_pool3d(same(x, window, stride), window, stride)
+
+
+class InceptionI3d(torch.nn.Module):
+    def __init__(self, num_classes: int, stem: tuple, blocks: tuple, last_pool: tuple) -> None:
+        super().__init__()
+        self.last_pool, self.names = last_pool, [name for name, _ in blocks]
+        self.Conv3d_1a_7x7 = Unit(3, stem[0], (7, 7, 7), (2, 2, 2))
+        self.Conv3d_2b_1x1 = Unit(stem[0], stem[1])
+        self.Conv3d_2c_3x3 = Unit(stem[1], stem[2], (3, 3, 3))
+        wide = stem[2]
+        for name, w in blocks:
+            setattr(self, name, Inception(wide, w))
+            wide = w[0] + w[2] + w[4] + w[5]
+        self.logits = torch.nn.Module()
+        self.logits.conv3d = torch.nn.Conv3d(wide, num_classes, (1, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = pool(self.Conv3d_1a_7x7(x), (1, 3, 3), (1, 2, 2))
+        x = pool(self.Conv3d_2c_3x3(self.Conv3d_2b_1x1(x)), (1, 3, 3), (1, 2, 2))
+        for name in self.names:
+            if name == "Mixed_4b":
+                x = pool(x, (3, 3, 3), (2, 2, 2))
+            if name == "Mixed_5b":
+                x = pool(x, (2, 2, 2), (2, 2, 2))
+            x = getattr(self, name)(x)
+        x = torch.nn.functional.avg_pool3d(x, self.last_pool, (1, 1, 1))
+        return self.logits.conv3d(x).flatten(2).mean(2)
+
+
+def i3d() -> dict:
+    model = filled(InceptionI3d(**foreign.I3D))
+    # Odd and even sizes, so that the padding of each kind of layer is uneven somewhere.
+    videos = torch.from_numpy(foreign.inputs("videos", (2, 13, 50, 67, 3)))
+    with torch.no_grad():
+        logits = model(videos.permute(0, 4, 1, 2, 3))
+    return {"shapes": shapes_of(model), "outputs": {"logits": foreign.shown(logits.numpy())}}
+
+
+def lpips(trunk: str) -> dict:
+    """torchvision's layers by their numbers, and the heads of the published package."""
+    modules, heads = {}, []
+    wide_in = 3
+    for step in foreign.LPIPS_TRUNKS[trunk]:
+        if isinstance(step, tuple):
+            number, wide, kernel, stride, padding = step
+            modules[str(number)] = torch.nn.Conv2d(wide_in, wide, kernel, stride, padding)
+            wide_in = wide
+        elif step == "tap":
+            heads.append(wide_in)
+    net = torch.nn.Module()
+    net.features = torch.nn.ModuleDict(modules)
+    for i, wide in enumerate(heads):
+        lin = torch.nn.Module()
+        lin.model = torch.nn.ModuleList([torch.nn.Dropout(), torch.nn.Conv2d(wide, 1, 1, bias=False)])
+        setattr(net, f"lin{i}", lin)
+    filled(net)
+    shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
+    x, y = (torch.from_numpy(foreign.inputs(name, (3, 41, 37, 3)) * 0.5) for name in ("x", "y"))
+    with torch.no_grad():
+        pair = [((image - shift) / scale).permute(0, 3, 1, 2) for image in (x, y)]
+        total, number = torch.zeros(3), 0
+        for step in foreign.LPIPS_TRUNKS[trunk]:
+            if step == "pool":
+                window = 3 if trunk == "alex" else 2
+                pair = [torch.nn.functional.max_pool2d(image, window, 2) for image in pair]
+            elif step == "tap":
+                one, other = (image / (image.pow(2).sum(1, keepdim=True).sqrt() + 1e-10) for image in pair)
+                total += getattr(net, f"lin{number}").model[1]((one - other).pow(2)).mean((1, 2, 3))
+                number += 1
+            else:
+                pair = [net.features[str(step[0])](image).relu() for image in pair]
+    return {"shapes": shapes_of(net), "outputs": {"distance": foreign.shown(total.numpy())}}
+
+
 PICTURES = ((32, 32), (120, 91), (91, 120), (480, 854), (224, 224))
 
 
 def main() -> None:
-    made = {"versions": {"torch": torch.__version__, "transformers": transformers.__version__}, "clip": clip()}
+    made = {
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "clip": clip(),
+        "videomae": videomae(),
+        "i3d": i3d(),
+        "lpips": {trunk: lpips(trunk) for trunk in foreign.LPIPS_TRUNKS},
+    }
     foreign.FILE.write_text(
         json.dumps(made, indent=None, separators=(",", ":"), ensure_ascii=True).replace('},"', '},\n"') + "\n"
     )
