@@ -42,11 +42,16 @@ setup(
     ],
     extras_require={
         "ablate": ["matplotlib>=3.9"],
+        "notebooks": ["flatbuffers>=24", "jupyterlab>=4", "matplotlib>=3.9"],  # flatbuffers: of jax.export
         "tpu": ["jax[tpu]>=0.10.2,<0.13", "gcsfs"],
         "cuda": ["jax[cuda12]>=0.10.2,<0.13"],
         "test": [
+            "flatbuffers>=24",
+            "ipykernel>=6.29",
             "matplotlib>=3.9",
             "mypy>=1.15",
+            "nbclient>=0.10",
+            "nbformat>=5.10",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "pyyaml>=6",

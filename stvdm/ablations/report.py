@@ -49,8 +49,8 @@ def write(question: Question, folder: epath.PathLike, *, mixed: bool = False) ->
     return path
 
 
-def as_markdown(question: Question, found: Sequence[Result], *, sheets: Sequence[str] = ()) -> str:
-    """The report as text; ``sheets`` are the variants of which there is a picture."""
+def as_markdown(question: Question, found: Sequence[Result], *, sheets: Sequence[str] = (), curves: bool = True) -> str:
+    """The report as text; ``sheets`` are the variants of which there is a picture, ``curves`` says whether of those."""
     size = found[0]["size"]
     parts = [
         f"# {question.name} ({size})",
@@ -66,9 +66,9 @@ def as_markdown(question: Question, found: Sequence[Result], *, sheets: Sequence
         "## Cost",
         _budget(question, found),
         _costs(question, found),
-        "## Learning curves",
-        "![learning curves](curves.png)",
     ]
+    if curves:
+        parts += ["## Learning curves", "![learning curves](curves.png)"]
     if sheets:
         name = next(iter(question.samplings))
         parts += ["## Clips", f"The first prompts, seed 0{'' if len(question.samplings) == 1 else f', {name}'}."]

@@ -30,6 +30,8 @@ def test_the_report_has_verdicts_scores_and_costs(question, grid):
     assert "stvdm ablate attention --size=tiny --cell=full:2 --num=8\n" in text
     assert "cpu; jax 1; eight" in text and "0.1 hours" in text
     assert "Mixed" not in text
+    assert "](curves.png)" in text
+    assert "curves" not in report.as_markdown(question, grid, curves=False)
 
 
 def test_a_budget_says_how_equal_it_is(question, grid):
