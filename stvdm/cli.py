@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     `supervise` leaves with that of what it supervised, or those of `stvdm.train.supervisor`.
     """
+    if argv is None:
+        _begin_with_huge_pages()
     argv = list(sys.argv[1:] if argv is None else argv)
     args, rest = parser().parse_known_args(argv)
     args.overrides = rest
@@ -756,6 +758,23 @@ def _progress() -> Iterator[Any]:
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
     """What the library warns of, without the line of source that Python shows beside it."""
     print(f"stvdm: warning: {message}", file=sys.stderr)
+
+
+def _begin_with_huge_pages(modes: str = "/sys/kernel/mm/transparent_hugepage/enabled") -> None:
+    """Has memory come in large pages, for which this process begins once more: glibc reads the setting at its start.
+
+    On a CPU every step of a program takes its memory anew, and touching it page by page is a good part of a small
+    step. Linux gives large pages to those that ask ("madvise"). Whoever sets GLIBC_TUNABLES, empty too, is left alone.
+    """
+    if "GLIBC_TUNABLES" in os.environ or not sys.platform.startswith("linux") or not sys.executable:
+        return
+    try:
+        offered = "[madvise]" in Path(modes).read_text("ascii")
+    except OSError:
+        return
+    if offered:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _compilation_cache() -> None:

@@ -3,8 +3,10 @@
 
 import hashlib
 import json
+import os
 import pathlib
 import shlex
+import subprocess
 import sys
 import types
 import warnings
@@ -364,6 +366,39 @@ def test_evaluate_passes_everything_on(calls):
         "output": "r.json",
         "features": None,
     }
+
+
+@pytest.mark.parametrize(
+    ("offered", "given", "begins"),
+    [
+        ("always [madvise] never", {}, True),
+        ("[always] madvise never", {}, False),
+        ("always [madvise] never", {"GLIBC_TUNABLES": ""}, False),
+        (None, {}, False),
+    ],
+)
+def test_memory_in_large_pages_is_asked_for_once(offered, given, begins, tmp_path, monkeypatch):
+    monkeypatch.setenv("GLIBC_TUNABLES", "")
+    monkeypatch.delenv("GLIBC_TUNABLES")  # and whatever is set is taken back
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    if offered:
+        (tmp_path / "enabled").write_text(offered + "\n")
+    begun = []
+    monkeypatch.setattr(cli.os, "execv", lambda *command: begun.append(command))
+    monkeypatch.setattr(cli.sys, "platform", "linux")
+    monkeypatch.setattr(cli.sys, "orig_argv", ["python3", "-X", "dev", "stvdm", "--version"])
+    for _ in range(2):  # the second time as the process that was begun
+        cli._begin_with_huge_pages(str(tmp_path / "enabled"))
+    assert begun == [(sys.executable, [sys.executable, "-X", "dev", "stvdm", "--version"])] * begins
+
+
+def test_the_process_that_begins_once_more_runs_the_command():
+    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    made = subprocess.run(
+        [sys.executable, "-m", "stvdm.cli", "--version"], env=environment, capture_output=True, text=True, check=True
+    )
+    assert made.stdout.startswith("stvdm ")
 
 
 def test_evaluate_writes_where_it_always_did(calls):
