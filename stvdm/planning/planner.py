@@ -63,7 +63,15 @@ class Planner:
         """Looks for the mesh, remat policy and micro-batches of the least time; see `search.search`.
 
         Programs are compiled quickly: what is found is to be compiled once more, in earnest.
+
+        Raises:
+          ValueError: for a network that is no transformer, and as `search.search`.
         """
+        if self.config.kind == "dit" and self.config.model.network != "dit":
+            raise ValueError(
+                f"model.network={self.config.model.network!r}: expected a transformer, 'dit', or an autoencoder; the "
+                "search knows no other split, so plan the mesh at hand, with --compile, e.g. --config.mesh.fsdp=8"
+            )
         where = self._slice()
         chips.topology(
             where, num_slices=self.num_slices

@@ -9,6 +9,7 @@ import pytest
 from stvdm import config as base
 from stvdm.planning import search
 from stvdm.planning.chips import CHIPS
+from stvdm.planning.planner import Planner
 
 GIB = 2**30
 OUTLINE = {
@@ -145,6 +146,13 @@ def test_what_no_mesh_can_be_compiled_for_is_not_taken_for_too_little_memory():
 
     with pytest.raises(ValueError, match="not installed"):
         found_with(None, num_devices=4, ask=ask)
+
+
+def test_a_network_that_is_no_transformer_is_refused():
+    config = base.unet()
+    config.autoencoder = "configs/autoencoder_kinetic.py"
+    with pytest.raises(ValueError, match=r"model.network='unet': expected a transformer.*--config.mesh.fsdp=8"):
+        Planner(config, topology="v5p:2x2x1").search(tries=1, say=print)
 
 
 def test_a_mesh_that_some_weight_does_not_divide_over_is_passed_by():
