@@ -59,7 +59,10 @@ def dit() -> ConfigDict:
         mlp_width=1536,  # F
         attention=("full",),  # patterns, cycled over layers: full, frame, time, window, block_causal
         window=(1, 4, 4),  # reach of 'window' attention in tokens: time, height, width
-        text_path="cross",  # how text enters: 'cross' attention, or 'joint' self-attention
+        text_path="cross",  # how text enters: 'cross' attention; in self-attention, by the video's weights ('joint') or
+        # by its own ('dual')
+        time_path="adaln_zero",  # how time does: modulating, 'adaln_zero' or 'adaln'; a token, 'in_context' or
+        # 'cross_attention'
         time_features=256,  # sinusoids that describe the noise level
         positions="rotary",  # 'rotary' or 'sincos', computed from the token grid
         rope_theta=1e4,
@@ -403,7 +406,14 @@ def _dit_problems(config: ConfigDict) -> Iterator[str]:
 
 
 def _transformer_problems(model: ConfigDict) -> Iterator[str]:
-    yield from _choice("model.text_path", model.text_path, ("cross", "joint"))
+    yield from _choice("model.text_path", model.text_path, ("cross", "joint", "dual"))
+    paths_of_time = ("adaln_zero", "adaln", "in_context", "cross_attention")
+    yield from _choice("model.time_path", model.time_path, paths_of_time)
+    if model.time_path == "cross_attention" and model.text_path in ("joint", "dual"):
+        yield (
+            f"model.time_path='cross_attention': model.text_path={model.text_path!r} has no cross-attention; use "
+            "model.text_path='cross', or model.time_path='in_context'."
+        )
     yield from _choice("model.positions", model.positions, ("rotary", "sincos"))
     yield from _choice("model.remat", model.remat, ("nothing", "projections", "attention", "offload", "everything"))
     if not model.attention:

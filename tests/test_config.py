@@ -2,11 +2,13 @@
 """A config that cannot run is refused whole, with every problem; every file in configs/ is a config that can."""
 
 import importlib.util
+import itertools
 import pathlib
 
 import pytest
 
 from stvdm import config as base
+from stvdm.models import dit
 from stvdm.planning import report
 from stvdm.sharding import MESH_AXES
 
@@ -60,6 +62,23 @@ def test_choices_and_empty_lists_are_checked():
     for part in ("model.remat='most'", "model.attention=()", "data.buckets=()", "validation_share=0.0", "(0.9, 0.1)"):
         assert part in str(error.value)
     assert "export_dtype='float8': expected one of float32, bfloat16, float16" in str(error.value)
+
+
+def test_ways_of_telling_time_and_text_that_do_not_go_together_are_refused():
+    config = base.dit()
+    config.autoencoder = "somewhere"
+    for text_path, time_path in itertools.product(dit.TEXT_PATHS, dit.TIME_PATHS):
+        config.model.text_path, config.model.time_path = text_path, time_path
+        if time_path == "cross_attention" and text_path != "cross":
+            with pytest.raises(ValueError, match=f"text_path='{text_path}' has no cross-attention; use .*in_context"):
+                base.validate(config)
+        else:
+            base.validate(config)
+    config.model.text_path, config.model.time_path = "double", "adaln_one"
+    with pytest.raises(
+        ValueError, match=r"expected one of cross, joint, dual(.|\n)*expected one of adaln_zero, adaln, in"
+    ):
+        base.validate(config)
 
 
 def test_clips_that_the_autoencoder_cannot_compress_are_refused():

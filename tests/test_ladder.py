@@ -19,6 +19,7 @@ LADDER = """
     models.context_parallel
     models.attention
     models.embeddings
+    models.block
     models.dit
     models.quantized
     models.causal_conv

@@ -44,17 +44,18 @@ class PatchEmbed(nn.Module):
 
 
 class PatchUnembed(nn.Module):
-    """tokens_BND -> latent_Bthwz: the way back. Starts at zero, so a fresh model predicts zeros."""
+    """tokens_BND -> latent_Bthwz: the way back. Starts at zero unless told otherwise: a fresh model predicts zeros."""
 
     channels: int
     patch: Size3
     dtype: jax.typing.DTypeLike = jnp.float32
+    kernel_init: nn.initializers.Initializer = zeros
 
     @nn.compact
     def __call__(self, tokens_BND: jax.Array, grid: Size3) -> jax.Array:
         pt, ph, pw = self.patch
         num_values = pt * ph * pw * self.channels
-        to_patches = linear(num_values, "width", None, init=zeros, dtype=self.dtype, name="linear")
+        to_patches = linear(num_values, "width", None, init=self.kernel_init, dtype=self.dtype, name="linear")
         return shapes.unpatchify(to_patches(tokens_BND), grid, self.patch)
 
 

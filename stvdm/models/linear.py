@@ -24,12 +24,16 @@ def linear(
     axis_in: str | None,
     axis_out: str | None,
     *,
-    name: str,
+    name: str | None = None,
     init: nn.initializers.Initializer = xavier,
     dtype: jax.typing.DTypeLike = jnp.float32,
     use_bias: bool = True,
 ) -> nn.Dense:
-    """A Dense layer in ``dtype`` with float32 parameters; the axes are logical names of `sharding.AXIS_RULES`."""
+    """A Dense layer in ``dtype`` with float32 parameters; the axes are logical names of `sharding.AXIS_RULES`.
+
+    Args:
+      name: of its parameters; in a module's ``setup`` that is the attribute's.
+    """
     return nn.Dense(
         features,
         use_bias=use_bias,

@@ -28,8 +28,8 @@ import jax.numpy as jnp
 
 from stvdm.models import embeddings
 from stvdm.models.attention import attention, cross_attention
+from stvdm.models.block import Attention, layer_norm
 from stvdm.models.causal_conv import CausalConv
-from stvdm.models.dit import Attention
 from stvdm.models.linear import linear, zeros
 from stvdm.models.patterns import Size3
 from stvdm.sharding import constrain, partitioned
@@ -169,7 +169,9 @@ class SpatialBlock(nn.Module):
         place = embeddings.sincos_places(embeddings.grid_places(grid, scale=(0.0, 1.0, 1.0)), self.features)
         attend = functools.partial(attention, grid=grid, pattern="frame")
         read = functools.partial(cross_attention, mask_BS=text_mask_BS)
-        layer = functools.partial(Attention, num_heads=self.num_heads, qk_norm=True, out_init=zeros, dtype=self.dtype)
+        layer = functools.partial(
+            Attention, self.features, self.num_heads, qk_norm=True, out_init=zeros, dtype=self.dtype
+        )
         y = _layer_norm("self_norm", self.dtype)(tokens_BND) + place.astype(self.dtype)
         tokens_BND += layer(name="self_attention")(attend, y)
         y = _layer_norm("cross_norm", self.dtype)(tokens_BND)
@@ -190,7 +192,7 @@ class TemporalBlock(nn.Module):
         place = embeddings.sincos_places(embeddings.grid_places((t, h, w))[:, :1], C)
         y = _layer_norm("self_norm", self.dtype)(tokens_BND) + place.astype(self.dtype)
         attend = functools.partial(attention, grid=(t, h, w), pattern="time")
-        layer = Attention(self.num_heads, qk_norm=True, out_init=zeros, dtype=self.dtype, name="self_attention")
+        layer = Attention(C, self.num_heads, qk_norm=True, out_init=zeros, dtype=self.dtype, name="self_attention")
         return _mlp(tokens_BND + layer(attend, y), self.dtype).reshape(x_BthwC.shape)
 
 
@@ -203,13 +205,7 @@ def _mlp(tokens_BND: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
 
 
 def _layer_norm(name: str, dtype: jax.typing.DTypeLike) -> Callable[[jax.Array], jax.Array]:
-    norm = nn.LayerNorm(
-        epsilon=1e-6,
-        dtype=jnp.float32,
-        scale_init=partitioned(nn.initializers.ones, "width"),
-        bias_init=partitioned(zeros, "width"),
-        name=name,
-    )
+    norm = layer_norm(name)
     return lambda x: norm(x).astype(dtype)
 
 

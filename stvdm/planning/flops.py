@@ -31,7 +31,7 @@ _ONE_DEVICE = AbstractMesh(
 )
 
 _PARTS = (  # where in a program -> part; the first that fits
-    (r"/(self_attention|cross_attention)/(query|key|value|out)\b", "projections of attention"),
+    (r"/(self_attention|cross_attention)(\.\w+)?/(query|key|value|out)\b", "projections of attention"),
     (r"/self_attention\b", "self-attention"),
     (r"/cross_attention\b", "cross-attention"),
     (r"/mlp_(in|out)\b", "MLP"),

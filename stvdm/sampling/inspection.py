@@ -34,7 +34,8 @@ from stvdm.data.kinetic_scene import Scene
 from stvdm.data.video import enlarge
 from stvdm.diffusion import flow, samplers, schedules
 from stvdm.models.autoencoder3d import Autoencoder
-from stvdm.models.dit import Attention, DiT
+from stvdm.models.block import Attention
+from stvdm.models.dit import DiT
 from stvdm.models.text_encoders import NUM_SPECIAL
 from stvdm.sampling import pipeline as sampling
 from stvdm.sampling.pipeline import Denoising, Models, Pipeline, Result
@@ -48,7 +49,7 @@ Tree = Any
 
 class Weights(NamedTuple):
     """Attention of chosen tokens, float32; a row is what one token gives each other. Where text is in the sequence the
-    rows of both together sum to 1, else those of each."""
+    rows of both together sum to 1, else those of each; where the time is a token, it has the rest of that sum."""
 
     video_LBQAN: jax.Array
     words_LBQAS: jax.Array
@@ -151,9 +152,9 @@ def attention_weights(
         models.predict(params, x_Bthwz, time_B, text_BSE, mask_BS)
     video = jnp.stack([rows for is_apart, rows in seen if not is_apart])
     num_tokens = math.prod(shapes.token_grid(x_Bthwz.shape[1:4], models.dit.patch))
-    if video.shape[-1] > num_tokens:  # text in the sequence, after the video
-        return Weights(video[..., :num_tokens], video[..., num_tokens:])
-    return Weights(video, jnp.stack([rows for is_apart, rows in seen if is_apart]))
+    apart = [rows for is_apart, rows in seen if is_apart]
+    words = jnp.stack(apart) if apart else video[..., num_tokens:]  # text in the sequence follows the video
+    return Weights(video[..., :num_tokens], words[..., : text_BSE.shape[1]])  # and the time, if a token, follows both
 
 
 def _rows(attend: Callable[[jax.Array], jax.Array], v_BMAd: jax.Array, query_Q: jax.Array) -> jax.Array:

@@ -8,17 +8,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from stvdm import sharding
 from stvdm.models import embeddings
-from stvdm.models.dit import SIZES, DiT
+from stvdm.models.dit import SIZES, TEXT_PATHS, TIME_PATHS, DiT
 
 GRID = (3, 2, 3)  # tokens, all different along t, h, w where it matters
 LATENT = (3, 4, 6)  # patches of 1 x 2 x 2
 N, z, E, S = 18, 3, 5, 4
 
+PATHS = [  # (text_path, time_path): all that go together
+    (text, time)
+    for text, time in itertools.product(TEXT_PATHS, TIME_PATHS)
+    if time != "cross_attention" or text == "cross"
+]
+AS_TOKEN = [(text, time) for text, time in PATHS if time in ("in_context", "cross_attention")]
+
 SMALL = DiT(latent_channels=z, width=24, num_layers=2, num_heads=2, mlp_width=20, text_width=E, time_features=8)
 jitted = jax.jit(DiT.apply, static_argnums=0)
+
+
+def few(presets, *quick):
+    """Those that are tested each time; the others are slow."""
+    return [pytest.param(*preset, marks=() if preset in quick else pytest.mark.slow) for preset in presets]
 
 
 def variant(**fields):
@@ -64,7 +77,7 @@ def reached(dit, params, query):
 
 
 def reference(dit, params, latent, time_BK, level_BN, text, mask):
-    """The model's docstring in numpy and float64, clip by clip, layer by layer: cross-attention, full pattern."""
+    """The docstrings of model and block in numpy and float64, clip by clip, layer by layer: full pattern."""
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), params["params"])
     d = dit.width // dit.num_heads
 
@@ -77,8 +90,9 @@ def reference(dit, params, latent, time_BK, level_BN, text, mask):
     def gelu(x):
         return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
-    def layer_norm(x):
-        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+    def layer_norm(x, w=None):
+        y = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+        return y if w is None else y * w["scale"] + w["bias"]
 
     def rms_norm(x, w):
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * w["scale"]
@@ -98,56 +112,137 @@ def reference(dit, params, latent, time_BK, level_BN, text, mask):
                 pair += 1
         return out
 
-    def attend(w, x, source, place_N3=None):
+    def project(w, x, source, place_N3=None):
         q, k = rms_norm(linear(x, w["query"]), w["query_norm"]), rms_norm(linear(source, w["key"]), w["key_norm"])
         q, k, v = heads(q), heads(k), heads(linear(source, w["value"]))
-        if place_N3 is not None:
-            q, k = turn(q, place_N3), turn(k, place_N3)
+        return (q, k, v) if place_N3 is None else (turn(q, place_N3), turn(k, place_N3), v)
+
+    def softmax(q, k, v):
         weights = np.exp(q @ k.transpose(0, 2, 1) / np.sqrt(d))
         out = weights / weights.sum(-1, keepdims=True) @ v
-        return linear(out.transpose(1, 0, 2).reshape(x.shape), w["out"])
+        return out.transpose(1, 0, 2).reshape(out.shape[1], dit.width)
+
+    def told(time):
+        """The time MLP's vectors of some times."""
+        half = dit.time_features // 2
+        angle = np.asarray(time, np.float64)[:, None] * 1000 * 1e4 ** (-np.arange(half) / half)
+        hidden = linear(np.concatenate([np.cos(angle), np.sin(angle)], -1), p["time_in"])
+        return linear(silu(hidden), p["time_out"])
+
+    def rows(time_ND, name):
+        return linear(silu(time_ND), p[name]).reshape(-1, 6, dit.width)
+
+    def entered(x, w, rows_N6D, i):
+        if rows_N6D is None:
+            return layer_norm(x, w[f"norm_{i + 1}"])
+        return layer_norm(x) * (1 + rows_N6D[:, 3 * i + 1]) + rows_N6D[:, 3 * i]
 
     nt, nh, nw = GRID
     place_N3 = np.array([(t, h, w) for t in range(nt) for h in range(nh) for w in range(nw)], np.float64)
+    modulated, dual = dit.time_path.startswith("adaln"), dit.text_path == "dual"
     clips = []
     for b in range(len(latent)):
         patches = [latent[b, t, 2 * h : 2 * h + 2, 2 * w : 2 * w + 2].ravel() for t, h, w in place_N3.astype(int)]
         x = linear(np.array(patches, np.float64), p["patch"]["linear"])
         words = linear(gelu(linear(text[b][mask[b]].astype(np.float64), p["text_in"])), p["text_out"])
+        time_ND = told(time_BK[b][[0] if level_BN is None else level_BN[b]])
+        noisiest_1D = told([time_BK[b].max()])
 
-        half = dit.time_features // 2
-        angle = time_BK[b][level_BN[b]].astype(np.float64)[:, None] * 1000 * 1e4 ** (-np.arange(half) / half)
-        time = linear(np.concatenate([np.cos(angle), np.sin(angle)], -1), p["time_in"])
-        time_ND = linear(silu(time), p["time_out"])
-        modulation_N6D = linear(silu(time_ND), p["time_modulation"]).reshape(N, 6, dit.width)
+        read = [words] * (dit.text_path == "cross") + [noisiest_1D] * (dit.time_path == "cross_attention")
+        beside = [words] * (dit.text_path != "cross") + [noisiest_1D] * (dit.time_path == "in_context")
+        streams = [x, np.concatenate(beside)] if beside else [x]
+        places = [place_N3, None]
+        said = [None, None]
+        if modulated:
+            text_name = "text_time_modulation" if dual else "time_modulation"
+            said = [rows(time_ND, "time_modulation"), rows(noisiest_1D, text_name) if beside else None]
 
         for layer in range(dit.num_layers):
             w = jax.tree.map(lambda a: a[layer], p["layers"]["block_0"])  # noqa: B023
-            shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (modulation_N6D + w["modulation"]).transpose(1, 0, 2)
-            y = layer_norm(x) * (1 + scale_1) + shift_1
-            x = x + gate_1 * attend(w["self_attention"], y, y, place_N3)
-            y = layer_norm(x) * w["cross_norm"]["scale"] + w["cross_norm"]["bias"]
-            x = x + attend(w["cross_attention"], y, words)
-            y = layer_norm(x) * (1 + scale_2) + shift_2
-            x = x + gate_2 * linear(gelu(linear(y, w["mlp_in"])), w["mlp_out"])
+            own = [w, w["text"] if dual else {**w, "modulation": w.get("text_modulation")}]
+            of_block = [None if s is None else s + own[i]["modulation"] for i, s in enumerate(said)]
+            entering = [entered(y, own[i], of_block[i], 0) for i, y in enumerate(streams)]
+            qkv = [project(own[i]["self_attention"], y, y, places[i]) for i, y in enumerate(entering)]
+            _, k, v = (np.concatenate(parts, axis=1) for parts in zip(*qkv, strict=True))
+            for i, (q, _, _) in enumerate(qkv):
+                gates = (1, 1) if of_block[i] is None else (of_block[i][:, 2], of_block[i][:, 5])
+                y = streams[i] + gates[0] * linear(softmax(q, k, v), own[i]["self_attention"]["out"])
+                if read:
+                    c = w["cross_attention"]
+                    found = softmax(*project(c, layer_norm(y, w["cross_norm"]), np.concatenate(read)))
+                    y = y + linear(found, c["out"])
+                y_F = gelu(linear(entered(y, own[i], of_block[i], 1), own[i]["mlp_in"]))
+                streams[i] = y + gates[1] * linear(y_F, own[i]["mlp_out"])
 
-        shift, scale = p["head_modulation"][:, None] + time_ND
-        out = linear(layer_norm(x) * (1 + scale) + shift, p["head"]["linear"]).reshape(nt, nh, nw, 2, 2, -1)
+        if modulated:
+            shift, scale = p["head_modulation"][:, None] + time_ND
+            y = layer_norm(streams[0]) * (1 + scale) + shift
+        else:
+            y = layer_norm(streams[0], p["head_norm"])
+        out = linear(y, p["head"]["linear"]).reshape(nt, nh, nw, 2, 2, -1)
         clips.append(out.transpose(0, 1, 3, 2, 4, 5).reshape(nt, 2 * nh, 2 * nw, -1))
     return np.stack(clips)
 
 
-def test_equals_its_docstring_in_numpy():
-    params, given = randomised(SMALL), inputs(levels=2)
-    expected = reference(SMALL, params, *given)
-    np.testing.assert_allclose(jitted(SMALL, params, *given), expected, atol=1e-4 * np.abs(expected).max())
+@pytest.mark.parametrize(
+    "text, time", [("cross", "adaln_zero"), ("joint", "adaln_zero"), ("dual", "adaln_zero"), *AS_TOKEN]
+)
+def test_equals_its_docstrings_in_numpy(text, time):
+    dit = variant(text_path=text, time_path=time)
+    params, given = randomised(dit), inputs(levels=2 if time == "adaln_zero" else 1)
+    expected = reference(dit, params, *given)
+    np.testing.assert_allclose(jitted(dit, params, *given), expected, atol=1e-4 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("text_path", ["cross", "joint"])
-def test_a_fresh_model_predicts_zeros(text_path):
-    dit = variant(text_path=text_path)
-    params = jax.jit(dit.init)(jax.random.key(0), *inputs())
-    np.testing.assert_array_equal(jitted(dit, nn.unbox(params), *inputs()), 0)
+def test_plain_adaln_is_the_same_function_from_another_start():
+    for text in TEXT_PATHS:
+        zero, plain = (variant(text_path=text, time_path=time) for time in ("adaln_zero", "adaln"))
+        params, given = randomised(zero), inputs(levels=2)
+        np.testing.assert_array_equal(jitted(plain, params, *given), jitted(zero, params, *given))
+    block = jax.jit(plain.init)(jax.random.key(0), *given)["params"]["layers"]["block_0"]
+    for table in (block["modulation"], block["text"]["modulation"]):
+        np.testing.assert_array_equal(nn.unbox(table)[:, [2, 5]], 1)
+        np.testing.assert_array_equal(nn.unbox(table)[:, [0, 1, 3, 4]], 0)
+
+
+@pytest.mark.parametrize(
+    "text, time", [*few(PATHS, *((text, "adaln_zero") for text in TEXT_PATHS), ("dual", "in_context"))]
+)
+def test_a_fresh_model_predicts_zeros_where_it_starts_as_nothing_and_nowhere_else(text, time):
+    dit = variant(text_path=text, time_path=time)
+    out = jitted(dit, nn.unbox(jax.jit(dit.init)(jax.random.key(0), *inputs())), *inputs())
+    if time == "adaln_zero":
+        np.testing.assert_array_equal(out, 0)
+    else:
+        assert np.abs(out).min(axis=-1).max() > 0.1
+
+
+def test_what_models_were_made_of_before_they_are_made_of_now():
+    """Names and shapes of parameters, so that checkpoints go on loading; those of the other paths are their own."""
+
+    def paths(**fields):
+        boxed = jax.eval_shape(variant(scan_layers=False, num_layers=1, **fields).init, jax.random.key(0), *inputs())
+        flat = traverse_util.flatten_dict(nn.unbox(boxed)["params"]["layers_0"]["block_0"], sep="/")
+        return {path: leaf.shape for path, leaf in flat.items()}
+
+    D, F = SMALL.width, SMALL.mlp_width
+    dense = lambda name, i, o: {f"{name}/kernel": (i, o), f"{name}/bias": (o,)}  # noqa: E731
+    attention = lambda name: {  # noqa: E731
+        **{
+            key: value
+            for part in ("query", "key", "value", "out")
+            for key, value in dense(f"{name}/{part}", D, D).items()
+        },
+        **{f"{name}/{part}_norm/scale": (D,) for part in ("query", "key")},
+    }
+    common = {**attention("self_attention"), **dense("mlp_in", D, F), **dense("mlp_out", F, D)}
+    modulated = {**common, "modulation": (6, D)}
+    cross = {**attention("cross_attention"), "cross_norm/scale": (D,), "cross_norm/bias": (D,)}
+    assert paths() == paths(time_path="adaln") == {**modulated, **cross}
+    assert paths(text_path="joint") == {**modulated, "text_modulation": (6, D)}
+    assert paths(text_path="dual") == {**modulated, **{f"text/{name}": shape for name, shape in modulated.items()}}
+    normed = {**common, **{f"norm_{i}/{part}": (D,) for i in (1, 2) for part in ("scale", "bias")}}
+    assert paths(time_path="in_context") == paths(time_path="cross_attention") == {**normed, **cross}
 
 
 def test_a_fresh_block_is_the_identity():
@@ -167,9 +262,16 @@ def test_no_jit_gives_the_same():
     np.testing.assert_allclose(dit.apply(params, *inputs()), jitted(dit, params, *inputs()), rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("attention", [("full",), ("frame", "time")])
-def test_scanned_layers_equal_a_loop(attention):
-    scanned = variant(attention=attention, num_layers=4)
+@pytest.mark.parametrize(
+    "attention, text, time",
+    few(
+        [(("full",), *paths) for paths in PATHS] + [(("frame", "time"), *paths) for paths in PATHS],
+        *((("full",), "cross", "adaln_zero"), (("frame", "time"), "cross", "adaln_zero")),
+        *((("frame", "time"), "dual", "adaln_zero"), (("full",), "joint", "in_context")),
+    ),
+)
+def test_scanned_layers_equal_a_loop(attention, text, time):
+    scanned = variant(attention=attention, num_layers=4, text_path=text, time_path=time)
     looped = dataclasses.replace(scanned, scan_layers=False)
     params = randomised(scanned)["params"]
     unstacked = {name: value for name, value in params.items() if name != "layers"}
@@ -181,18 +283,27 @@ def test_scanned_layers_equal_a_loop(attention):
 
 @functools.cache
 def loss_and_gradient(dit):
-    given = inputs(levels=2)
-    return jax.jit(jax.value_and_grad(lambda p: (dit.apply(p, *given) ** 2).mean()))(randomised(SMALL))
+    given = inputs(levels=2 if dit.time_path == "adaln_zero" else 1)
+    params = randomised(dataclasses.replace(dit, remat="nothing"))
+    return jax.jit(jax.value_and_grad(lambda p: (dit.apply(p, *given) ** 2).mean()))(params)
 
 
 @pytest.mark.parametrize(
-    "remat",
-    ["everything", *(pytest.param(name, marks=pytest.mark.slow) for name in ("projections", "attention", "offload"))],
+    "remat, text, time",
+    few(
+        [(remat, *paths) for remat in ("everything", "projections", "attention", "offload") for paths in PATHS],
+        ("everything", "cross", "adaln_zero"),
+        ("everything", "dual", "in_context"),
+    ),
 )
-def test_remat_gives_the_same_values_and_gradients(remat):
-    (loss, gradient), (loss_again, gradient_again) = map(loss_and_gradient, (SMALL, variant(remat=remat)))
+def test_remat_gives_the_same_values_and_gradients(remat, text, time):
+    plain = variant(text_path=text, time_path=time)
+    (loss, gradient), (loss_again, gradient_again) = map(
+        loss_and_gradient, (plain, dataclasses.replace(plain, remat=remat))
+    )
     np.testing.assert_allclose(loss_again, loss, rtol=1e-5)
     for one, other in zip(jax.tree.leaves(gradient), jax.tree.leaves(gradient_again), strict=True):
+        assert np.isfinite(one).all()
         np.testing.assert_allclose(one, other, atol=1e-4 * np.abs(one).max())
 
 
@@ -209,18 +320,24 @@ MESHES = {
     "data-tensor": dict(data=2, fsdp=1, context=2, tensor=2),
     "context": dict(data=1, fsdp=2, context=4),  # two heads: all-to-all over two, a ring of two
 }
-QUICK = [("context", "full", "cross"), ("context", "window", "cross"), ("fsdp-context-tensor", "frame", "joint")]
+PATTERNS = ("full", "frame", "time", "window", "block_causal")
 PRESETS = [
-    pytest.param(*preset, marks=() if preset in QUICK else pytest.mark.slow)
-    for preset in itertools.product(MESHES, ("full", "frame", "time", "window", "block_causal"), ("cross", "joint"))
+    *((mesh, pattern, text, "adaln_zero") for mesh, pattern, text in itertools.product(MESHES, PATTERNS, TEXT_PATHS)),
+    *((mesh, pattern, *paths) for mesh, pattern, paths in itertools.product(MESHES, ("full", "frame"), AS_TOKEN)),
+]
+QUICK = [
+    ("context", "full", "cross", "adaln_zero"),
+    ("context", "window", "cross", "adaln_zero"),
+    ("fsdp-context-tensor", "frame", "joint", "adaln_zero"),
+    ("fsdp-context-tensor", "full", "dual", "in_context"),
 ]
 
 
-@pytest.mark.parametrize("mesh, pattern, text", PRESETS)
-def test_a_mesh_gives_what_one_device_gives_with_all_gradients(mesh, pattern, text):
-    dit = variant(text_path=text, attention=(pattern,), window=(1, 0, 1))
+@pytest.mark.parametrize("mesh, pattern, text, time", few(PRESETS, *QUICK))
+def test_a_mesh_gives_what_one_device_gives_with_all_gradients(mesh, pattern, text, time):
+    dit = variant(text_path=text, time_path=time, attention=(pattern,), window=(1, 0, 1))
     made = sharding.make_mesh(**MESHES[mesh])
-    params, given = randomised(dit), inputs(dit, levels=2)
+    params, given = randomised(dit), inputs(dit, levels=2 if time == "adaln_zero" else 1)
     weights = np.random.default_rng(2).normal(size=given[0].shape).astype(np.float32)
 
     def loss(params, latent, *rest):
@@ -240,8 +357,9 @@ def test_a_mesh_gives_what_one_device_gives_with_all_gradients(mesh, pattern, te
         assert np.abs(one).max() > 0, name  # a gradient of nothing compares with nothing
 
 
-def test_every_parameter_names_its_dimensions():
-    boxed = jax.eval_shape(variant(text_path="joint").init, jax.random.key(0), *inputs())
+@pytest.mark.parametrize("text, time", [("joint", "adaln_zero"), ("dual", "adaln_zero"), ("cross", "in_context")])
+def test_every_parameter_names_its_dimensions(text, time):
+    boxed = jax.eval_shape(variant(text_path=text, time_path=time).init, jax.random.key(0), *inputs())
     leaves = jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
     assert all(isinstance(x, nn.LogicallyPartitioned) and len(x.names) == x.value.ndim for x in leaves)
 
@@ -249,7 +367,25 @@ def test_every_parameter_names_its_dimensions():
 # Time.
 
 
-@pytest.mark.parametrize("text_path", ["cross", "joint"])
+@pytest.mark.parametrize("text, time", few(PATHS, ("cross", "adaln_zero"), *AS_TOKEN))
+def test_the_time_matters_to_every_clip_and_token(text, time):
+    dit = variant(text_path=text, time_path=time, attention=("frame",))
+    latent, time_B1, _, *texts = inputs()
+    out = jitted(dit, randomised(dit), latent, time_B1, None, *texts)
+    later = jitted(dit, randomised(dit), latent, time_B1 + np.array([[0.0], [0.1]], np.float32), None, *texts)
+    np.testing.assert_allclose(later[0], out[0], atol=1e-5)
+    assert np.abs(later[1] - out[1]).max(axis=-1).min() > 1e-3
+
+
+def test_time_as_a_token_is_refused_for_several_levels_a_clip():
+    for time in ("in_context", "cross_attention"):
+        with pytest.raises(
+            ValueError, match=rf"time of shape \(2, 3\): time_path='{time}' tells a clip one time.*adaln_zero"
+        ):
+            jax.eval_shape(variant(time_path=time).init, jax.random.key(0), *inputs(levels=3))
+
+
+@pytest.mark.parametrize("text_path", ["cross", "joint", "dual"])
 def test_equal_levels_are_one_time(text_path):
     dit = variant(text_path=text_path)
     latent, time_B1, _, *text = inputs()
@@ -272,9 +408,10 @@ def test_levels_of_separate_frames_equal_separate_runs():
     assert np.abs(low - high).max() > 0.1
 
 
-def test_joint_text_is_told_the_noisiest_time_of_its_clip():
+@pytest.mark.parametrize("text_path", ["joint", "dual"])
+def test_text_beside_the_video_is_told_the_noisiest_time_of_its_clip(text_path):
     """Raising a lower level that no token has changes nothing; raising the highest does."""
-    dit = variant(text_path="joint")
+    dit = variant(text_path=text_path)
     latent, _, _, *text = inputs()
     level_BN = np.ones((2, N), np.int32)
 
@@ -288,8 +425,12 @@ def test_joint_text_is_told_the_noisiest_time_of_its_clip():
 # Who sees whom.
 
 
-def test_block_causal_never_looks_ahead():
-    dit = variant(attention=("block_causal",))
+@pytest.mark.parametrize(
+    "text, time", few(PATHS, ("cross", "adaln_zero"), ("dual", "adaln_zero"), ("joint", "in_context"))
+)
+def test_block_causal_never_looks_ahead(text, time):
+    """Also by way of text or time, which all frames see."""
+    dit = variant(attention=("block_causal",), text_path=text, time_path=time)
     params = randomised(dit)
     for t in range(GRID[0]):
         seen = reached(dit, params, (t, 1, 2))
@@ -303,10 +444,13 @@ def test_block_causal_never_looks_ahead():
     assert np.abs(before[:, 2] - after[:, 2]).max() > 0.1
 
 
-@pytest.mark.parametrize("text_path", ["cross", "joint"])
-def test_frames_apart_stay_apart(text_path):
+@pytest.mark.parametrize(
+    "text, time",
+    few(PATHS, ("cross", "adaln_zero"), ("joint", "adaln_zero"), ("dual", "adaln_zero"), ("cross", "in_context")),
+)
+def test_frames_apart_stay_apart(text, time):
     """Also where all of them talk with the same text."""
-    dit = variant(attention=("frame",), text_path=text_path)
+    dit = variant(attention=("frame",), text_path=text, time_path=time)
     seen = reached(dit, randomised(dit), (1, 0, 1))
     assert seen[1].all() and not seen[[0, 2]].any()
 
@@ -387,9 +531,12 @@ def test_extra_channels_are_seen_but_not_predicted():
 
 
 @pytest.mark.parametrize("attention", [("full",), ("frame", "time")])
-@pytest.mark.parametrize("text_path", ["cross", "joint"])
-def test_words_matter_and_padding_does_not(text_path, attention):
-    dit = variant(text_path=text_path, attention=attention)
+@pytest.mark.parametrize(
+    "text_path, time_path",
+    few(PATHS, ("cross", "adaln_zero"), ("joint", "adaln_zero"), ("dual", "adaln_zero"), *AS_TOKEN),
+)
+def test_words_matter_and_padding_does_not(text_path, time_path, attention):
+    dit = variant(text_path=text_path, time_path=time_path, attention=attention)
     latent, time_BK, _, text, mask = inputs()
     out = jitted(dit, randomised(dit), latent, time_BK, None, text, mask)
     padding = np.where(mask[..., None], text, 7.0).astype(np.float32)
@@ -438,6 +585,8 @@ def test_sizes_have_the_parameters_they_should(name, latent_channels, text_width
         (dict(remat="nothin"), "remat='nothin': did you mean 'nothing'"),
         (dict(remat="xyz"), "expected one of nothing, projections, attention"),
         (dict(text_path="crossed"), "text_path='crossed': did you mean 'cross'"),
+        (dict(time_path="adaln_one"), "time_path='adaln_one': did you mean 'adaln_zero'"),
+        (dict(time_path="cross_attention", text_path="dual"), "text_path='dual' has no cross-attention; use"),
         (dict(positions="learned"), "positions='learned': expected one of rotary, sincos"),
         (dict(attention=("ful",)), "attention pattern='ful': did you mean 'full'"),
         (dict(attention=("window",)), "window=None"),

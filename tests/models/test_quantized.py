@@ -78,6 +78,13 @@ def test_on_a_mesh_they_are_rounded_as_on_one_device(dit, given, mesh):
     assert 0.5 * as_far < far < 2 * as_far
 
 
+def test_the_second_stream_is_rounded_too(dit):
+    dual = dit.clone(text_path="dual")
+    params = jax.eval_shape(dual.init, jax.random.key(0), *INPUTS)
+    program = str(jax.make_jaxpr(quantized(dual, "int8").apply)(params, *INPUTS))
+    assert len(re.findall(r"\w+:i8\[", program)) == 2 * 12  # four of attention and two of the MLP, in either stream
+
+
 def test_parameters_are_those_of_the_network_as_it_was(dit):
     fresh, rounded = (model.init(jax.random.key(1), *INPUTS) for model in (dit, quantized(dit, "int8")))
     jax.tree.map(np.testing.assert_array_equal, fresh, rounded)

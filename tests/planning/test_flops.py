@@ -102,6 +102,33 @@ def test_a_transformer_is_counted_by_part():
     assert counts["projections of attention"] == 2 * L * B * (4 * N + 2 * N + 2 * S) * D * D
 
 
+def test_a_second_stream_and_time_as_a_token_are_counted_by_part():
+    """Every product once: of the video's weights at N tokens, of the text's at S, and of the time's where it is one."""
+    B, N, S, D, F, L, E = 2, 24, 5, 12, 20, 3, 7
+    arguments = jnp.zeros((B, 2, 6, 8, 4)), jnp.zeros((B, 1)), None, jnp.zeros((B, S, E))
+
+    def counts(**paths):
+        dit = DiT(latent_channels=4, width=D, num_layers=L, num_heads=2, mlp_width=F, text_width=E, **paths)
+        params = nn.unbox(jax.eval_shape(functools.partial(dit.init, jax.random.key(0)), *arguments))
+        return count_flops(lambda params: dit.apply(params, *arguments), params)
+
+    found = counts(text_path="dual")
+    assert found == {**counts(text_path="joint"), "patches, text and time": found["patches, text and time"]}
+    assert found["MLP"] == 2 * L * B * (N + S) * 2 * D * F
+    assert found["projections of attention"] == 2 * L * B * (N + S) * 4 * D * D
+    assert found["self-attention"] == 2 * L * B * 2 * (N + S) ** 2 * D
+
+    found = counts(time_path="in_context")
+    assert found["MLP"] == 2 * L * B * (N + 1) * 2 * D * F
+    assert found["self-attention"] == 2 * L * B * 2 * (N + 1) ** 2 * D
+    assert found["cross-attention"] == 2 * L * B * 2 * (N + 1) * S * D
+
+    found = counts(time_path="cross_attention")
+    assert found["MLP"] == 2 * L * B * N * 2 * D * F
+    assert found["cross-attention"] == 2 * L * B * 2 * N * (S + 1) * D
+    assert found["projections of attention"] == 2 * L * B * (4 * N + 2 * N + 2 * (S + 1)) * D * D
+
+
 def test_attention_counts_the_pairs_that_its_pattern_sees():
     grid, window = (4, 3, 5), (1, 1, 2)
     x = jax.ShapeDtypeStruct((2, 60, 3, 8), jnp.float32)

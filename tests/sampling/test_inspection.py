@@ -13,7 +13,8 @@ from stvdm import shapes
 from stvdm.data import kinetic_shapes
 from stvdm.diffusion import flow
 from stvdm.models import embeddings
-from stvdm.models.dit import Attention, DiT
+from stvdm.models.block import Attention
+from stvdm.models.dit import DiT
 from stvdm.models.patterns import Pattern
 from stvdm.models.text_encoders import TextEncoder
 from stvdm.sampling import inspection
@@ -89,6 +90,7 @@ def softmax(scores, sees):
         (("window",), "joint", True),
         (("block_causal",), "cross", True),
         (("block_causal", "full"), "joint", False),
+        (("full",), "dual", True),
     ],
 )
 def test_weights_are_those_of_the_attention_in_the_model(attention, text_path, scan_layers):
@@ -97,7 +99,7 @@ def test_weights_are_those_of_the_attention_in_the_model(attention, text_path, s
     models, params, given = models_with(attention=attention, text_path=text_path, scan_layers=scan_layers)
     written, own = inspection.written_out(models, params)
     found = inspection.attention_weights(written, own, *given, np.arange(N))
-    joint = text_path == "joint"
+    joint = text_path != "cross"
     assert found.video_LBQAN.shape == (2, 2, N, HEADS, N) and found.words_LBQAS.shape == (2, 2, N, HEADS, S)
     video, words = np.asarray(found.video_LBQAN), np.asarray(found.words_LBQAS)
     whole = video.sum(-1) + words.sum(-1) if joint else np.stack([video.sum(-1), words.sum(-1)])
@@ -127,6 +129,24 @@ def test_weights_are_those_of_the_attention_in_the_model(attention, text_path, s
         np.testing.assert_allclose(row, softmax(scores, seen_BQAM), atol=1e-5)
     for layer, (_, _, v, out) in enumerate(apart):
         np.testing.assert_allclose(np.einsum("bqas,bsad->bqad", words[layer], v), out, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "time_path, text_path", [("in_context", "cross"), ("in_context", "dual"), ("cross_attention", "cross")]
+)
+def test_a_time_that_is_a_token_has_the_rest(time_path, text_path):
+    models, params, given = models_with(time_path=time_path, text_path=text_path)
+    found = inspection.attention_weights(*inspection.written_out(models, params), *given, np.arange(N))
+    assert found.video_LBQAN.shape == (2, 2, N, HEADS, N) and found.words_LBQAS.shape == (2, 2, N, HEADS, S)
+    assert (np.asarray(found.words_LBQAS)[:, ~REAL_WORDS[:, None, None].repeat(N, 1).repeat(HEADS, 2)] == 0).all()
+    video, words = np.asarray(found.video_LBQAN).sum(-1), np.asarray(found.words_LBQAS).sum(-1)
+    sums = {"video": video, "words": words} if text_path == "cross" else {"both": video + words}
+    has_time = {"in_context": "video", "cross_attention": "words"}[time_path] if text_path == "cross" else "both"
+    for name, whole in sums.items():
+        if name == has_time:
+            assert (whole > 0).all() and (whole < 1).all()
+        else:
+            np.testing.assert_allclose(whole, 1, atol=1e-5)
 
 
 def test_layers_written_out_are_the_same_model():
