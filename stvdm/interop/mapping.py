@@ -30,6 +30,12 @@ Rules = Sequence[tuple[str, str]]
 
 _LAST_WORDS = {"weight": ("kernel", "scale"), "running_mean": ("mean",), "running_var": ("var",)}
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+_CONVERT = (  # what a user may run; some files hold the tensors one level down
+    "import sys, torch; from safetensors.torch import save_file; "
+    "found = torch.load(sys.argv[1], map_location='cpu', weights_only=True); "
+    "found = found.get('model', found.get('module', found.get('state_dict', found))); "
+    "save_file({k: v.clone().contiguous() for k, v in found.items() if hasattr(v, 'clone')}, sys.argv[2])"
+)
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -127,11 +133,7 @@ def read(place: epath.PathLike) -> dict[str, np.ndarray]:
     if pickles:
         raise ValueError(
             f"{pickles[0]}: this is a pickle, which can run any program when it is opened, so it is not. Convert it "
-            "once, where PyTorch is:\n"
-            '  python -c "import sys, torch; from safetensors.torch import save_file; '
-            "tensors = torch.load(sys.argv[1], map_location='cpu', weights_only=True); "
-            'save_file({k: v.contiguous() for k, v in tensors.items()}, sys.argv[2])" '
-            f"{pickles[0].name} model.safetensors"
+            f'once, where PyTorch is:\n  python -c "{_CONVERT}" {pickles[0].name} model.safetensors'
         )
     if not files:
         raise FileNotFoundError(f"{source}: expected a .safetensors file, or a folder of them.")

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Foreign names into ours: every tensor is used once, every parameter filled once, and nothing lost in silence."""
 
+import shlex
+import subprocess
 import sys
 import types
 
@@ -86,6 +88,18 @@ def test_pickles_stay_shut(tmp_path):
     for place in (tmp_path, tmp_path / "pytorch_model.bin"):
         with pytest.raises(ValueError, match=r"this is a pickle, which can run any program(.|\n)*weights_only=True"):
             mapping.read(place)
+
+
+def test_the_command_that_converts_a_pickle_does(tmp_path):
+    torch = pytest.importorskip("torch")
+    shared = torch.arange(6.0).reshape(2, 3)
+    torch.save({"module": {"a": shared.T, "b": shared}, "epoch": 3}, tmp_path / "old.pth")
+    with pytest.raises(ValueError, match="Convert it once") as error:
+        mapping.read(tmp_path)
+    command = shlex.split(str(error.value).splitlines()[1].strip())
+    subprocess.run([sys.executable, *command[1:]], cwd=tmp_path, check=True, timeout=120)
+    (tmp_path / "old.pth").unlink()
+    np.testing.assert_array_equal(mapping.read(tmp_path)["a"], mapping.read(tmp_path)["b"].T)
 
 
 def test_a_folder_is_taken_before_the_hub(tmp_path, monkeypatch):
