@@ -45,6 +45,7 @@ LADDER = """
     sampling.tasks
     sampling.pipeline
     sampling.inspection
+    sampling.attention_page
     interop.mapping
     interop.diffusers
     evaluation.metrics
