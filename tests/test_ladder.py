@@ -52,6 +52,7 @@ LADDER = """
     sampling.tasks
     sampling.pipeline
     sampling.inspection
+    sampling.attention_page
     interop.mapping
     interop.towers
     interop.diffusers

@@ -87,6 +87,8 @@ def test_it_runs(path, tmp_path, monkeypatch):
     assert all(base64.b64decode(picture)[:4] in (b"\x89PNG", b"GIF8") for picture in pictures)
     left = {entry.name for entry in tmp_path.iterdir()}
     assert left <= {"configs", "results", "stvdm", "notebooks", "runs", "outputs"}  # what git ignores, or was there
+    if path.stem == "first_tour":
+        assert any("Click a patch" in data.get("text/html", "") for data in shown)
     if path.stem == "ablation":
         (result,) = tmp_path.glob("runs/notebook/results/positions/tiny/*-*.json")
         assert json.loads(result.read_text())["variant"] == "rotary"

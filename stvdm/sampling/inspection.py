@@ -33,7 +33,6 @@ from stvdm.data import kinetic_scene
 from stvdm.data.kinetic_scene import Scene
 from stvdm.data.video import enlarge
 from stvdm.diffusion import flow, samplers, schedules
-from stvdm.models.autoencoder3d import Autoencoder
 from stvdm.models.block import Attention
 from stvdm.models.dit import DiT
 from stvdm.models.text_encoders import NUM_SPECIAL
@@ -85,17 +84,31 @@ def gaze_of(
       ValueError: for a pixel outside of the clip, a time outside of [0, 1], words the model never saw, or a network
         that is no transformer.
     """
+    geometry = geometry_of(pipeline)
+    grid = shapes.token_grid(latent_thwz.shape[:3], geometry["patch"])
+    video = pipeline.autoencoder.video_shape(latent_thwz.shape[:3])
+    if not all(0 <= place < size for place, size in zip(at, video, strict=True)):
+        raise ValueError(f"at={at}: expected (frame, y, x) of a pixel of a clip of {video}, counted from 0.")
+    token = shapes.token_of_pixel(at, **geometry)
+    query_Q = np.array([np.ravel_multi_index(token, grid)])
+    found, words = weights_of(pipeline, latent_thwz, prompt, query_Q, time=time, seed=seed)
+    num_layers, _, _, num_heads, _ = found.video_LBQAN.shape
+    return Gaze(
+        video_LAthw=np.asarray(found.video_LBQAN).reshape(num_layers, num_heads, *grid),
+        words_LAS=np.asarray(found.words_LBQAS)[:, 0, 0, :, : len(words)],
+        words=words,
+        token=token,
+    )
+
+
+def weights_of(
+    pipeline: Pipeline, latent_thwz: np.ndarray, prompt: str, query_Q: np.ndarray, *, time: float = 0.3, seed: int = 0
+) -> tuple[Weights, tuple[str, ...]]:
+    """Attention (B = 1) of the tokens of those numbers, and the words of the prompt; the rest is as of `gaze_of`."""
     if not 0 <= time <= 1:
         raise ValueError(f"time={time}: expected a noise level in [0, 1], 0 is data and 1 is noise.")
     if problem := pipeline.tokenizer.problem(prompt):
         raise ValueError(problem)
-    coder, patch = pipeline.autoencoder, _patch(pipeline)
-    grid = shapes.token_grid(latent_thwz.shape[:3], patch)
-    video = coder.video_shape(latent_thwz.shape[:3])
-    if not all(0 <= place < size for place, size in zip(at, video, strict=True)):
-        raise ValueError(f"at={at}: expected (frame, y, x) of a pixel of a clip of {video}, counted from 0.")
-    token = shapes.token_of_pixel(at, patch=patch, **_geometry(coder))
-
     models, params = written_out(pipeline.models, pipeline.params)
     x = flow.interpolate(
         jnp.asarray(latent_thwz)[None],
@@ -104,16 +117,9 @@ def gaze_of(
         path=sampling.objective(pipeline.settings["flow"]).path,
     )
     tokens_BS, mask_BS = pipeline.tokenizer([prompt])
-    query_Q = np.array([np.ravel_multi_index(token, grid)])
     found = attention_weights(models, params, x, np.full(1, time, np.float32), tokens_BS, mask_BS, query_Q)
-    num_layers, _, _, num_heads, _ = found.video_LBQAN.shape
     words = [pipeline.tokenizer.words[number - NUM_SPECIAL] for number in tokens_BS[mask_BS][1:]]
-    return Gaze(
-        video_LAthw=np.asarray(found.video_LBQAN).reshape(num_layers, num_heads, *grid),
-        words_LAS=np.asarray(found.words_LBQAS)[:, 0, 0, :, : 1 + len(words)],
-        words=("(start)", *words),
-        token=token,
-    )
+    return found, ("(start)", *words)
 
 
 @functools.partial(jax.jit, static_argnames="models")
@@ -190,10 +196,9 @@ def written_out(models: Models, params: Tree) -> tuple[Models, Tree]:
 
 def tokens_showing(pipeline: Pipeline, mask_THW: np.ndarray) -> np.ndarray:
     """bool (t, h, w) over the tokens: those with any of the marked pixels, e.g. of a thing."""
-    coder, patch = pipeline.autoencoder, _patch(pipeline)
-    grid = shapes.token_grid(coder.latent_shape(mask_THW.shape), patch)
+    grid = shapes.token_grid(pipeline.autoencoder.latent_shape(mask_THW.shape), geometry_of(pipeline)["patch"])
     marked = np.zeros(grid, bool)
-    np.logical_or.at(marked, _token_of_each_pixel(mask_THW.shape, patch, coder), mask_THW)
+    np.logical_or.at(marked, _token_of_each_pixel(pipeline, mask_THW.shape), mask_THW)
     return marked
 
 
@@ -304,6 +309,24 @@ def _march(
     return states, jax.lax.map(expected, (states[:-1], jnp.asarray(times, jnp.float32)[:-1]))
 
 
+# --- places ----------------------------------------------------------------------------------------------------------
+
+
+def geometry_of(pipeline: Pipeline) -> dict[str, Any]:
+    """How tokens lie in the pixels of a pipeline's clips: the arguments of `shapes.token_of_pixel` and its inverse."""
+    coder = pipeline.autoencoder
+    grouping = "causal" if coder.grouping == "causal" else "uniform"  # frame by frame is groups of one
+    return dict(
+        patch=tuple(pipeline.models.dit.patch), temporal=coder.temporal, spatial=coder.spatial, grouping=grouping
+    )
+
+
+def _token_of_each_pixel(pipeline: Pipeline, video: Sequence[int]) -> tuple[Any, Any, Any]:
+    T, H, W = video
+    frame, y, x = np.ogrid[:T, :H, :W]
+    return shapes.token_of_pixel((frame, y, x), **geometry_of(pipeline))
+
+
 # --- pictures --------------------------------------------------------------------------------------------------------
 
 
@@ -353,53 +376,32 @@ def overlay(
 
     Full orange is the largest weight of the clip. The patch that the pixel ``at`` lies in is framed in green.
     """
-    coder, patch = pipeline.autoencoder, _patch(pipeline)
-    weights_THW = weights_thw[_token_of_each_pixel(video_THWC.shape[:3], patch, coder)]
+    weights_THW = weights_thw[_token_of_each_pixel(pipeline, video_THWC.shape[:3])]
     strength = (weights_THW / max(float(weights_THW.max()), 1e-12))[..., None]
     grey = 0.6 * video_THWC.mean(axis=-1, keepdims=True)
     mixed = (1 - strength) * grey + strength * np.array([255.0, 140.0, 0.0])
-    return _framed(enlarge(mixed.round().astype(np.uint8), min_side), video_THWC.shape, patch, coder, at)
+    return _framed(pipeline, enlarge(mixed.round().astype(np.uint8), min_side), video_THWC.shape, at)
 
 
 def token_borders(
     pipeline: Pipeline, video_THWC: np.ndarray, *, at: Size3 | None = None, min_side: int = 96
 ) -> np.ndarray:
     """The clip, enlarged, with the borders of its tokens in white; the patch that ``at`` lies in framed in green."""
-    coder, patch = pipeline.autoencoder, _patch(pipeline)
     picture = enlarge(video_THWC, min_side).copy()
     factor = picture.shape[1] // video_THWC.shape[1]
-    _, rows, columns = shapes.pixels_of_token((0, 0, 0), patch=patch, **_geometry(coder))
+    _, rows, columns = shapes.pixels_of_token((0, 0, 0), **geometry_of(pipeline))
     picture[:, :: rows.stop * factor] = picture[:, :, :: columns.stop * factor] = 255
-    return _framed(picture, video_THWC.shape, patch, coder, at)
+    return _framed(pipeline, picture, video_THWC.shape, at)
 
 
-def _framed(
-    picture: np.ndarray, video_shape: Sequence[int], patch: Size3, coder: Autoencoder, at: Size3 | None
-) -> np.ndarray:
+def _framed(pipeline: Pipeline, picture: np.ndarray, video_shape: Sequence[int], at: Size3 | None) -> np.ndarray:
     if at is None:
         return picture
     factor = picture.shape[1] // video_shape[1]
-    token = shapes.token_of_pixel(at, patch=patch, **_geometry(coder))
-    frames, rows, columns = shapes.pixels_of_token(token, patch=patch, **_geometry(coder))
+    token = shapes.token_of_pixel(at, **geometry_of(pipeline))
+    frames, rows, columns = shapes.pixels_of_token(token, **geometry_of(pipeline))
     top, bottom, left, right = (factor * edge for edge in (rows.start, rows.stop, columns.start, columns.stop))
     inside = picture[frames, top + 2 : bottom - 2, left + 2 : right - 2].copy()
     picture[frames, top:bottom, left:right] = (0, 255, 0)
     picture[frames, top + 2 : bottom - 2, left + 2 : right - 2] = inside
     return picture
-
-
-def _token_of_each_pixel(video: Sequence[int], patch: Size3, coder: Autoencoder) -> tuple[Any, Any, Any]:
-    T, H, W = video
-    frame, y, x = np.ogrid[:T, :H, :W]
-    return shapes.token_of_pixel((frame, y, x), patch=patch, **_geometry(coder))
-
-
-def _patch(pipeline: Pipeline) -> Size3:
-    time, height, width = pipeline.models.dit.patch
-    return time, height, width
-
-
-def _geometry(coder: Autoencoder) -> dict[str, Any]:
-    """What `shapes` asks of an autoencoder."""
-    grouping = "causal" if coder.grouping == "causal" else "uniform"  # frame by frame is groups of one
-    return dict(temporal=coder.temporal, spatial=coder.spatial, grouping=grouping)
