@@ -91,6 +91,29 @@ def read_jointly(run: Run) -> None:
     model.text_path, model.mlp_width = "joint", model.mlp_width + 2 * model.width
 
 
+def read_beside(run: Run) -> None:
+    """Text in a stream of its own, whose weights are taken from the MLPs.
+
+    In a layer the stream's projections, 4 D², stand for those of cross-attention, and two MLPs, 4 D F, for one; once
+    for all layers, its modulation takes 6 D².
+    """
+    model = run.dit.model
+    model.text_path = "dual"
+    model.mlp_width = model.mlp_width // 2 - 3 * model.width // (2 * model.num_layers)
+
+
+def tell_time(path: str) -> Edit:
+    """A path of time; where it is a token, the 6 D² that would make its modulation go to the MLPs, 2 D F a layer."""
+
+    def edit(run: Run) -> None:
+        model = run.dit.model
+        model.time_path = path
+        if path in ("in_context", "cross_attention"):
+            model.mlp_width += 3 * model.width // model.num_layers
+
+    return edit
+
+
 def sized(space: int, heads: float) -> Edit:
     """Patches of so many latent positions along height and width, and so many times the heads, of unchanged width."""
 

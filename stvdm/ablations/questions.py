@@ -40,8 +40,10 @@ from stvdm.ablations.edits import (
     optimise,
     place_by,
     predict,
+    read_beside,
     read_jointly,
     sized,
+    tell_time,
     twice_the_space_compression,
     with_unet,
     without_average,
@@ -198,19 +200,44 @@ _AUTOENCODER = Question(
     "makes more tokens, and so costs more. Uniform clips are a frame shorter.",
 )
 
+_TIME = Question(
+    name="time",
+    asks="Should the noise level modulate every layer, and from a start as nothing, or be a token among others?",
+    source="DiT (arXiv:2212.09748), figure 5: adaLN-Zero beats tokens in context and cross-attention at all stages of "
+    "training, and adaLN that does not start as nothing",
+    budget="parameters",
+    variants={path: tell_time(path) for path in ("adaln_zero", "adaln", "in_context", "cross_attention")},
+    scores=(*FOLLOWS, "persistence", "flow_loss"),
+    claims=(
+        Claim("adaln_zero", "in_context", "flow_loss", "modulation beats a token in the sequence", higher=False),
+        Claim("adaln_zero", "cross_attention", "flow_loss", "modulation beats a token beside the words", higher=False),
+        Claim("adaln_zero", "adaln", "flow_loss", "starting as nothing trains better", higher=False),
+        Claim("adaln_zero", "in_context", "all_right", "modulation is right more often than a token in the sequence"),
+        Claim("adaln_zero", "adaln", "all_right", "starting as nothing is right more often"),
+    ),
+    limits="adaLN and adaLN-Zero are one function from two starts; DiT's adaLN has no gates. Only adaLN-Zero starts "
+    "the layers at zero that the output and cross-attention end in. The rate is the base's, chosen for adaLN-Zero. The "
+    "text is read by cross-attention, and a clip has one noise level: of several a token could not say whose they are.",
+)
+
 _TEXT = Question(
     name="text",
-    asks="Should text be seen through cross-attention, or join the sequence?",
-    source="SD3, HunyuanVideo, CogVideoX: joint attention; Wan 2.1: cross-attention",
+    asks="Should text be seen through cross-attention, join the sequence, or be a stream with weights of its own?",
+    source="SD3 (arXiv:2403.03206): two streams beat cross-attention and one stream; HunyuanVideo: two streams, then "
+    "one; CogVideoX: one, with a modulation of its own for text; Wan 2.1: cross-attention",
     budget="parameters",
-    variants={"cross": as_it_is, "joint": read_jointly},
+    variants={"cross": as_it_is, "joint": read_jointly, "dual": read_beside},
     scores=(*FOLLOWS, "colour", "count", "flow_loss"),
     claims=(
         Claim("joint", "cross", "all_right", "text in the sequence is followed better"),
         Claim("joint", "cross", "flow_loss", "text in the sequence trains better", higher=False),
+        Claim("dual", "cross", "all_right", "text in a stream of its own is followed better than by cross-attention"),
+        Claim("dual", "cross", "flow_loss", "and trains better", higher=False),
+        Claim("dual", "joint", "all_right", "weights of its own make text followed better"),
+        Claim("dual", "joint", "flow_loss", "and train better", higher=False),
     ),
-    limits="Joint is with shared weights and a modulation of its own for text. Separate weights for text (dual "
-    "stream), and time in context, by cross-attention or by adaLN without zero, are no config of the model.",
+    limits="Joint is with shared weights and a modulation of its own for text. For a stream of its own the MLPs are "
+    "less than half as wide, and what its weights make of the text in the last layer serves nobody. FLOPs differ.",
 )
 
 _PATCH = Question(
@@ -408,6 +435,7 @@ QUESTIONS: dict[str, Question] = {
         _ATTENTION,
         _OBJECTIVE,
         _AUTOENCODER,
+        _TIME,
         _TEXT,
         _PATCH,
         _POSITIONS,

@@ -64,15 +64,18 @@ def test_variants_differ(name, bases):
     assert cells.edit_of(found, [bases("tiny")], with_autoencoder=True) == {}  # edits leave the bases alone
 
 
-def test_text_paths_have_equal_parameters(bases):
+@pytest.mark.parametrize("size", ["tiny", "small", "pod"])
+@pytest.mark.parametrize("name", ["time", "text"])
+def test_ways_of_telling_time_and_text_have_equal_parameters(name, size, bases):
     sizes = {}
-    for variant in QUESTIONS["text"].variants:
-        config = cells.prepared(QUESTIONS["text"], bases("tiny"), variant, 0)[0].dit
+    for variant in QUESTIONS[name].variants:
+        config = cells.prepared(QUESTIONS[name], bases(size), variant, 0)[0].dit
         dit = pipeline.build(config.to_dict(), latent_channels=8, num_words=50).dit
         text = jnp.zeros((1, 40, config.text.width))
         made = jax.eval_shape(dit.init, jax.random.key(0), jnp.zeros((1, 5, 8, 8, 8)), jnp.zeros((1, 1)), None, text)
         sizes[variant] = sum(leaf.size for leaf in jax.tree.leaves(nn.unbox(made)))
-    assert sizes["joint"] == pytest.approx(sizes["cross"], rel=0.005)
+    usual = sizes["cross" if name == "text" else "adaln_zero"]
+    assert sizes == {variant: pytest.approx(usual, rel=0.005) for variant in sizes}
 
 
 def test_the_unet_has_about_the_parameters_of_the_transformer(bases):

@@ -195,10 +195,11 @@ def test_equals_its_docstrings_in_numpy(text, time):
 
 
 def test_plain_adaln_is_the_same_function_from_another_start():
+    given = inputs(levels=2)
     for text in TEXT_PATHS:
         zero, plain = (variant(text_path=text, time_path=time) for time in ("adaln_zero", "adaln"))
-        params, given = randomised(zero), inputs(levels=2)
-        np.testing.assert_array_equal(jitted(plain, params, *given), jitted(zero, params, *given))
+        programs = [str(jax.make_jaxpr(dit.apply)(randomised(zero), *given)) for dit in (zero, plain)]
+        assert programs[0] == programs[1]
     block = jax.jit(plain.init)(jax.random.key(0), *given)["params"]["layers"]["block_0"]
     for table in (block["modulation"], block["text"]["modulation"]):
         np.testing.assert_array_equal(nn.unbox(table)[:, [2, 5]], 1)
