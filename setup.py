@@ -42,7 +42,7 @@ setup(
     ],
     extras_require={
         "ablate": ["matplotlib>=3.9"],
-        "notebooks": ["flatbuffers>=24", "jupyterlab>=4", "matplotlib>=3.9"],  # flatbuffers: of jax.export
+        "notebooks": ["flatbuffers>=24", "ipykernel>=6.29", "matplotlib>=3.9"],  # flatbuffers: of jax.export
         "tpu": ["jax[tpu]>=0.10.2,<0.13", "gcsfs"],
         "cuda": ["jax[cuda12]>=0.10.2,<0.13"],
         "test": [
