@@ -7,6 +7,8 @@ kept for the next run.
 
 import os
 import pathlib
+import sys
+import types
 
 import pytest
 
@@ -78,3 +80,70 @@ def tiny_model(tmp_path_factory):
     description = {"kind": "dit", "autoencoder": TINY_AUTOENCODER, "config": config.to_dict()}
     checkpoint.save_model(folder, params, description)
     return folder
+
+
+CONFIG_FILE = """
+from ml_collections import ConfigDict
+
+def get_config(variant="dit"):
+    if variant not in ("dit", "autoencoder"):
+        raise ValueError(f"variant={variant!r}: expected dit or autoencoder")
+    config = ConfigDict()
+    config.kind = variant
+    config.overfit = False
+    config.autoencoder = "runs/ae"
+    config.model = ConfigDict(dict(width=64, patch=(1, 2, 2)))
+    config.optimizer = ConfigDict(dict(learning_rate=1e-3))
+    return config
+"""
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "config.py"
+    path.write_text(CONFIG_FILE)
+    return str(path)
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Put a module of these functions in the place of a module of the library."""
+
+    def put(name, **functions):
+        module = types.ModuleType(name)
+        module.__dict__.update(functions)
+        monkeypatch.setitem(sys.modules, name, module)
+        parent, _, child = name.rpartition(".")
+        monkeypatch.setattr(sys.modules.get(parent) or __import__(parent, fromlist=["_"]), child, module, raising=False)
+
+    return put
+
+
+@pytest.fixture
+def calls(stand_in):
+    """Every function below the commands, replaced by one that notes its arguments."""
+    noted = []
+
+    def note(name):
+        return lambda *args, **kwargs: noted.append((name, args, kwargs))
+
+    stand_in("stvdm.train.autoencoder", main=note("autoencoder"))
+    stand_in("stvdm.train.dit", main=note("dit"))
+    stand_in("stvdm.evaluation.run", main=note("evaluate"))
+    stand_in("stvdm.evaluation.agreement", main=note("damage"))
+    return noted
+
+
+@pytest.fixture
+def failure(capsys):
+    """What a command that is refused prints."""
+
+    def said(*argv):
+        from stvdm import cli
+
+        assert cli.main(argv) == 2
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return captured.err
+
+    return said

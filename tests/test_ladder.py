@@ -93,6 +93,15 @@ LADDER = """
     ablations.shelf
     ablations.cells
     ablations.report
+    commands.parts
+    commands.generate
+    commands.train
+    commands.supervise
+    commands.preprocess
+    commands.evaluate
+    commands.ablate
+    commands.plan
+    commands.data
     demo
     cli
 """.split()

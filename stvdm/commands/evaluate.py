@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`stvdm evaluate`: scores of a model, of the metrics themselves, and results side by side."""
+
+import argparse
+import shlex
+from typing import Any
+
+from stvdm.commands import parts
+
+
+def add(commands: Any) -> None:
+    command = parts.command_of(
+        commands,
+        "evaluate",
+        run,
+        "sample held-out prompts, track what came out, and score it",
+        "stvdm evaluate --checkpoint=runs/dit --num=200 --output=results.json",
+        "Prints each score with its 95 % interval, beside the same score of real clips, of reconstructed ones, and of "
+        "real clips of other prompts, which is chance.",
+    )
+    parts.add_sampling(command)
+    command.add_argument("--num", type=parts.count, default=200, metavar="N", help="held-out prompts (default 200)")
+    command.add_argument(
+        "--batch", type=parts.count, default=16, metavar="B", help="clips sampled at once (default 16)"
+    )
+    instead = command.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--damage",
+        action="store_true",
+        help="evaluate the metrics in place of a model: do they see damage of known kind and strength to real clips?",
+    )
+    instead.add_argument(
+        "--compare",
+        nargs="+",
+        metavar="FILE",
+        help="set results side by side, with their differences to the first; refused if more than the model differs",
+    )
+    command.add_argument("--mixed", action="store_true", help="compare them all the same, and say what differs")
+    command.add_argument(
+        "--output",
+        metavar="PATH",
+        help="default: results.json; with --damage a folder, default: outputs/damage; with --compare a file for the "
+        "table, default: none",
+    )
+    command.add_argument(
+        "--features",
+        metavar="DIR",
+        help="adds scores over published networks whose safetensors lie in DIR: clip/ (CLIP score), i3d/ (FVD), "
+        "videomae/ (content-debiased FVD), lpips/; any of them",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.mixed and not args.compare:
+        raise ValueError("--mixed: without effect but for --compare, so name results with that, or leave it out")
+    if args.compare:
+        _refuse_without_effect(args, "--compare, which makes no clips", num=200, seed=0)
+        from stvdm.evaluation import comparison
+
+        comparison.main(args.compare, mixed=args.mixed, output=args.output)
+        return
+    if args.damage:
+        _refuse_without_effect(args, "--damage, which samples no model")
+    parts.keep_compiled_programs()
+    if args.damage:
+        from stvdm.evaluation import agreement
+
+        agreement.main(
+            num=args.num,
+            seed=args.seed,
+            output=args.output or "outputs/damage",
+            command=shlex.join(["stvdm", *args.argv]),
+        )
+        return
+    from stvdm.evaluation import run as evaluation
+
+    evaluation.main(
+        None if args.checkpoint == parts.BUNDLED else args.checkpoint,
+        num=args.num,
+        seed=args.seed,
+        steps=args.steps,
+        guidance=args.guidance,
+        sampler=args.sampler,
+        batch=args.batch,
+        output=args.output or "results.json",
+        features=args.features,
+    )
+
+
+def _refuse_without_effect(args: argparse.Namespace, beside: str, **further: Any) -> None:
+    """Options of sampling, or others (with what they usually are), that were given although nothing is sampled."""
+    usual = {
+        "checkpoint": parts.BUNDLED,
+        "steps": None,
+        "guidance": None,
+        "sampler": None,
+        "batch": 16,
+        "features": None,
+    }
+    usual |= further
+    given = [f"--{name}={getattr(args, name)}" for name, value in usual.items() if getattr(args, name) != value]
+    if given:
+        raise ValueError(f"{' '.join(given)}: without effect beside {beside}, so leave it out")

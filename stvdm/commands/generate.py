@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`stvdm generate`: clips from prompts, in files."""
+
+import argparse
+import hashlib
+import json
+import platform
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import stvdm
+from stvdm.commands import parts
+
+
+def add(commands: Any) -> None:
+    command = parts.command_of(
+        commands,
+        "generate",
+        run,
+        "make clips from prompts",
+        'stvdm generate "a red ball bounces to the right" "a blue square grows" --seed 3 --output outputs/clips',
+        "For each clip an .mp4, a .gif and a .json with all that it takes to make it again; contact.png shows all. "
+        "Options left out take the value that comes with the checkpoint.",
+    )
+    command.add_argument("prompts", nargs="+", metavar="PROMPT", help="what should be seen; quote each prompt")
+    command.add_argument("--num", type=parts.count, default=1, metavar="N", help="clips for each prompt (default 1)")
+    parts.add_sampling(command)
+    command.add_argument("--frames", type=parts.count, metavar="T", help="frames of a clip")
+    command.add_argument("--height", type=parts.count, metavar="H", help="pixels")
+    command.add_argument("--width", type=parts.count, metavar="W", help="pixels")
+    command.add_argument("--output", default="outputs", metavar="DIR", help="folder to write to (default: outputs)")
+
+
+def run(args: argparse.Namespace) -> None:
+    parts.keep_compiled_programs()
+    import jax
+
+    from stvdm.data import video
+    from stvdm.sampling import pipeline
+
+    with parts.progress() as show:
+        show("loading the model")
+        loaded = pipeline.Pipeline.load(None if args.checkpoint == parts.BUNDLED else args.checkpoint)
+        show("compiling")
+        result = loaded.generate(
+            args.prompts,
+            num=args.num,
+            steps=args.steps,
+            guidance=args.guidance,
+            sampler=args.sampler,
+            seed=args.seed,
+            num_frames=args.frames,
+            height=args.height,
+            width=args.width,
+            progress=lambda done, total: show(f"denoising {done}/{total}", over=done == total),
+        )
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    stems = _stems(result.prompts, result.seeds)
+    for stem, prompt, seed, clip, latent in zip(
+        stems, result.prompts, result.seeds, result.videos, result.latents, strict=True
+    ):
+        video.write_mp4(output / f"{stem}.mp4", clip, fps=result.settings["fps"])
+        video.write_gif(output / f"{stem}.gif", clip, fps=result.settings["fps"])
+        record = {
+            "prompt": prompt,
+            "seed": seed,
+            **result.settings,
+            "checkpoint": args.checkpoint,
+            "latent_shape": list(latent.shape),
+            "latent_sha256": hashlib.sha256(latent.tobytes()).hexdigest(),
+            "command": shlex.join(["stvdm", *args.argv]),
+            "versions": _versions(),
+            "device": jax.devices()[0].device_kind,
+            "machine": platform.platform(),
+        }
+        (output / f"{stem}.json").write_text(json.dumps(record, indent=2, default=parts.plain) + "\n", encoding="utf-8")
+    video.contact_sheet(list(result.videos), result.prompts).save(output / "contact.png")
+    for stem in stems:
+        print(output / f"{stem}.mp4")
+    print(output / "contact.png")
+
+
+def _stems(prompts: Sequence[str], seeds: Sequence[int]) -> list[str]:
+    """File names without suffix: a-red-ball-0; another clip of the same name is a-red-ball-0-2."""
+    stems: list[str] = []
+    for prompt, seed in zip(prompts, seeds, strict=True):
+        slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:80].strip("-") or "clip"
+        name = stem = f"{slug}-{seed}"
+        repeat = 2
+        while stem in stems:
+            stem, repeat = f"{name}-{repeat}", repeat + 1
+        stems.append(stem)
+    return stems
+
+
+def _versions() -> dict[str, str]:
+    import flax
+    import jax
+    import jaxlib
+    import numpy
+
+    python = ".".join(map(str, sys.version_info[:3]))
+    packages = {"flax": flax, "jax": jax, "jaxlib": jaxlib, "numpy": numpy, "stvdm": stvdm}
+    return {"python": python, **{name: package.__version__ for name, package in packages.items()}}

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What commands share: options that several have, progress on one line, compiled programs kept between runs."""
+
+import argparse
+import contextlib
+import os
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+SAMPLERS = ("euler", "heun", "dpm++", "unipc")
+BUNDLED = "bundled"
+
+
+def command_of(commands: Any, name: str, run: Any, summary: str, example: str, remark: str) -> argparse.ArgumentParser:
+    """A command without options yet; ``run`` takes what was parsed, and returns the exit status (None: 0)."""
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=f"example:\n  {example}\n\n{textwrap.fill(remark, 100)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    command.set_defaults(run=run, takes_overrides=False)
+    return command
+
+
+def add_config(command: argparse.ArgumentParser) -> None:
+    """--config, whose keys can be changed one by one."""
+    command.add_argument(
+        "--config", required=True, metavar="FILE.py[:VARIANT]", help="what to run, e.g. configs/quickstart.py"
+    )
+    command.set_defaults(takes_overrides=True)
+
+
+def add_sampling(command: argparse.ArgumentParser) -> None:
+    """Of which model, and how, clips are drawn."""
+    command.add_argument("--steps", type=count, metavar="N", help="denoising steps; more is slower and finer")
+    command.add_argument(
+        "--guidance", type=float, metavar="SCALE", help="how strongly the prompt pulls; 1 is not at all"
+    )
+    command.add_argument("--sampler", choices=SAMPLERS, help="heun takes two evaluations a step, the others one")
+    command.add_argument("--seed", type=int, default=0, help="the same seed gives the same clips (default 0)")
+    command.add_argument(
+        "--checkpoint", default=BUNDLED, metavar="DIR", help="a trained DiT (default: the bundled model)"
+    )
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
+    return number
+
+
+def plain(value: Any) -> Any:
+    """What json does not know: numpy numbers and arrays, paths."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Any]:
+    """A function of a text that keeps one line of stderr up to date; a file gets the first of a kind, and the last."""
+    live, shown = sys.stderr.isatty(), ""
+
+    def show(text: str, *, over: bool = False) -> None:
+        nonlocal shown
+        if live:
+            print(f"\r{text:<{len(shown)}}", end="", file=sys.stderr, flush=True)
+        elif over or text.split()[0] != shown.split(" ")[0]:
+            print(text, file=sys.stderr, flush=True)
+        shown = text
+
+    try:
+        yield show
+    finally:
+        if live and shown:
+            print(file=sys.stderr)
+
+
+def keep_compiled_programs() -> None:
+    """Keep compiled programs between runs, unless JAX_COMPILATION_CACHE_DIR says where (empty: nowhere)."""
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    import jax
+
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    jax.config.update("jax_compilation_cache_dir", str(Path(home) / "stvdm" / "xla"))

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `stvdm evaluate` calls in each of its three ways, and what is without effect beside them."""
+
+import shlex
+
+import pytest
+
+from stvdm import cli
+
+
+def test_evaluate_passes_everything_on(calls):
+    assert cli.main(shlex.split("evaluate --checkpoint bundled --num 20 --seed 3 --steps 4 --output r.json")) == 0
+    ((_, args, kwargs),) = calls
+    assert args == (None,)
+    assert kwargs == {
+        "num": 20,
+        "seed": 3,
+        "steps": 4,
+        "guidance": None,
+        "sampler": None,
+        "batch": 16,
+        "output": "r.json",
+        "features": None,
+    }
+
+
+def test_evaluate_writes_where_it_always_did(calls):
+    assert cli.main(["evaluate"]) == 0
+    assert calls[0][2]["output"] == "results.json" and calls[0][2]["num"] == 200
+
+
+def test_evaluate_damage_goes_to_the_metrics(calls):
+    words = ["evaluate", "--damage", "--num=20", "--seed=3", "--output=a folder"]
+    assert cli.main(words) == 0
+    command = "stvdm evaluate --damage --num=20 --seed=3 '--output=a folder'"
+    assert calls == [("damage", (), {"num": 20, "seed": 3, "output": "a folder", "command": command})]
+
+
+def test_evaluate_compare_sets_results_side_by_side(calls, stand_in):
+    stand_in("stvdm.evaluation.comparison", main=lambda *args, **kwargs: calls.append((args, kwargs)))
+    assert cli.main(["evaluate", "--compare", "a.json", "b.json", "--mixed", "--output=t.md"]) == 0
+    assert calls == [((["a.json", "b.json"],), {"mixed": True, "output": "t.md"})]
+
+
+def test_evaluate_compare_refuses_what_means_nothing_beside_it(calls, failure):
+    said = failure("evaluate", "--compare", "a.json", "b.json", "--num=8", "--steps=5")
+    assert "--steps=5 --num=8: without effect beside --compare" in said
+    assert "--mixed: without effect but for --compare" in failure("evaluate", "--mixed")
+    assert "a.json" in failure("evaluate", "--compare", "nowhere/a.json", "b.json")
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", "--damage", "--compare", "a.json", "b.json"])
+    assert not calls
+
+
+def test_evaluate_damage_refuses_options_of_sampling(calls, failure):
+    said = failure("evaluate", "--damage", "--steps=5", "--guidance=2")
+    assert "--steps=5 --guidance=2.0: without effect beside --damage" in said and not calls

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `stvdm generate` writes, asks for and refuses."""
+
+import hashlib
+import json
+import shlex
+import types
+import warnings
+
+import numpy as np
+import pytest
+
+from stvdm import cli
+from stvdm.commands import generate
+
+
+@pytest.fixture
+def generated(stand_in):
+    noted = {}
+
+    class Pipeline:
+        @classmethod
+        def load(cls, checkpoint):
+            noted["checkpoint"] = checkpoint
+            return cls()
+
+        def generate(self, prompts, *, num, progress, **settings):
+            noted["settings"] = settings
+            warnings.warn("clips of another size", stacklevel=1)
+            for done in range(1, 4):
+                progress(done, 3)
+            n = len(prompts) * num
+            return types.SimpleNamespace(
+                videos=np.zeros((n, 5, 16, 16, 3), np.uint8),
+                latents=np.arange(n * 4, dtype=np.float32).reshape(n, 1, 2, 2, 1),
+                prompts=[prompt for prompt in prompts for _ in range(num)],
+                seeds=[settings["seed"] + i for _ in prompts for i in range(num)],
+                settings={"fps": 8.0, "steps": np.int64(30), "model_sha256": "ab"},
+            )
+
+    stand_in("stvdm.sampling.pipeline", Pipeline=Pipeline)
+    return noted
+
+
+def test_generate_writes_clips_contact_sheet_and_what_makes_them_again(tmp_path, generated, capsys):
+    command = ["generate", "A red ball!", "two", "--num", "2", "--seed", "7", "--output", str(tmp_path / "out")]
+    assert cli.main(command) == 0
+    stems = ["a-red-ball-7", "a-red-ball-8", "two-7", "two-8"]
+    expected = {f"{stem}{suffix}" for stem in stems for suffix in (".mp4", ".gif", ".json")} | {"contact.png"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == expected
+    assert generated["checkpoint"] is None  # the bundled one
+    record = json.loads((tmp_path / "out" / "two-8.json").read_text())
+    latent = np.arange(12, 16, dtype=np.float32)
+    assert record["latent_sha256"] == hashlib.sha256(latent.tobytes()).hexdigest()
+    assert (record["prompt"], record["seed"], record["steps"], record["model_sha256"]) == ("two", 8, 30, "ab")
+    assert shlex.split(record["command"]) == ["stvdm", *command]
+    assert {"jax", "stvdm", "python"} <= record["versions"].keys()
+    captured = capsys.readouterr()
+    assert captured.err.splitlines() == [
+        "loading the model",
+        "compiling",
+        "stvdm: warning: clips of another size",
+        "denoising 1/3",
+        "denoising 3/3",
+    ]
+    assert captured.out.splitlines()[-1].endswith("contact.png")
+
+
+def test_clips_of_one_name_do_not_overwrite_each_other():
+    assert generate._stems(["a ball", "A ball!", "a ball", "?"], [0, 0, 0, 5]) == [
+        "a-ball-0",
+        "a-ball-0-2",
+        "a-ball-0-3",
+        "clip-5",
+    ]
+
+
+def test_generate_passes_its_options_on_and_leaves_the_rest_to_the_checkpoint(tmp_path, generated):
+    words = "generate x --steps 5 --guidance 2.5 --sampler dpm++ --frames 9 --height 32 --checkpoint runs/dit --output"
+    assert cli.main([*words.split(), str(tmp_path)]) == 0
+    assert generated["checkpoint"] == "runs/dit"
+    assert generated["settings"] == {
+        "steps": 5,
+        "guidance": 2.5,
+        "sampler": "dpm++",
+        "seed": 0,
+        "num_frames": 9,
+        "height": 32,
+        "width": None,
+    }
