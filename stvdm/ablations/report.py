@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The report of a grid, from its results alone: verdicts, tables, learning curves, contact sheets, commands.
 
-results/ablations/NAME/SIZE/report.md, curves.png
+results/ablations/NAME/SIZE/report.md, curves.svg
 
 write(find("attention"), "results/ablations/attention/tiny")
 print(listing("results/ablations"))
@@ -29,7 +29,7 @@ REFERENCES = {"real": "*real clips*", "reconstructed": "*through the autoencoder
 
 
 def write(question: Question, folder: epath.PathLike, *, mixed: bool = False) -> epath.Path:
-    """Writes report.md and curves.png beside the results; returns the path of the report.
+    """Writes report.md and curves.svg beside the results; returns the path of the report.
 
     Raises:
       ValueError: if there are no results, they were made under differing conditions (unless ``mixed``), or matplotlib
@@ -43,7 +43,7 @@ def write(question: Question, folder: epath.PathLike, *, mixed: bool = False) ->
     if not mixed:
         records.check(found)
     sheets = [variant for variant in question.variants if (target / f"{variant}.png").exists()]
-    (target / "curves.png").write_bytes(learning_curves(question, found))
+    (target / "curves.svg").write_text(learning_curves(question, found), encoding="utf-8")
     path = target / "report.md"
     path.write_text(as_markdown(question, found, sheets=sheets))
     return path
@@ -68,11 +68,12 @@ def as_markdown(question: Question, found: Sequence[Result], *, sheets: Sequence
         _costs(question, found),
     ]
     if curves:
-        parts += ["## Learning curves", "![learning curves](curves.png)"]
-    if sheets:
-        name = next(iter(question.samplings))
-        parts += ["## Clips", f"The first prompts, seed 0{'' if len(question.samplings) == 1 else f', {name}'}."]
-        parts += [f"{variant}\n\n![{variant}]({variant}.png)" for variant in sheets]
+        parts += ["## Learning curves", "![learning curves](curves.svg)"]
+    name = next(iter(question.samplings))
+    parts += ["## Clips", f"The first prompts, seed 0{'' if len(question.samplings) == 1 else f', {name}'}."]
+    parts += [f"{variant}\n\n![{variant}]({variant}.png)" for variant in sheets]
+    if not sheets:
+        parts[-1] += " Each variant's is a picture that its cell leaves beside the result, and is not kept here."
     if question.limits:
         parts += ["## What this cannot tell", question.limits]
     words = [word for word in shlex.split(found[0]["command"]) if not word.startswith("--cell=")]
@@ -289,9 +290,9 @@ def check_matplotlib() -> None:
         ) from error
 
 
-def learning_curves(question: Question, found: Sequence[Result]) -> bytes:
-    """A panel for each curve, a line for each variant (mean over seeds, single seeds faint); PNG."""
-    from matplotlib import colormaps
+def learning_curves(question: Question, found: Sequence[Result]) -> str:
+    """A panel for each curve, a line for each variant (mean over seeds, single seeds faint); SVG, which is text."""
+    from matplotlib import colormaps, rc_context
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(name for one in found for name in one["curves"]))
@@ -313,9 +314,10 @@ def learning_curves(question: Question, found: Sequence[Result]) -> bytes:
         axis.legend(fontsize=7)
     if question.plots_flops:
         _against_flops(question, found, axes[-1], colours)
-    opened = io.BytesIO()
-    figure.savefig(opened, format="png", metadata={"Software": None})
-    return opened.getvalue()
+    opened = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": question.name}):  # the same results, the same bytes
+        figure.savefig(opened, format="svg", metadata={"Date": None, "Creator": None})
+    return "\n".join(line.rstrip() for line in opened.getvalue().splitlines()) + "\n"
 
 
 def mean_curve(curves: Sequence[Sequence[Sequence[float]]]) -> list[tuple[float, float]]:

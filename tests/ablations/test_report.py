@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A report is made of results alone, and says what they show, what they cost and how to get them."""
 
+import pathlib
+import re
 import sys
 
 import pytest
@@ -30,7 +32,8 @@ def test_the_report_has_verdicts_scores_and_costs(question, grid):
     assert "stvdm ablate attention --size=tiny --cell=full:2 --num=8\n" in text
     assert "cpu; jax 1; eight" in text and "0.1 hours" in text
     assert "Mixed" not in text
-    assert "](curves.png)" in text
+    assert "](curves.svg)" in text and "is not kept here" not in text
+    assert "is not kept here" in report.as_markdown(question, grid)
     assert "curves" not in report.as_markdown(question, grid, curves=False)
 
 
@@ -63,10 +66,10 @@ def test_it_is_written_beside_the_results_and_again_the_same(question, written):
     pytest.importorskip("matplotlib")
     (written / "full.png").write_bytes(b"")
     path = report.write(question, written)
-    first = [(written / name).read_bytes() for name in ("report.md", "curves.png")]
-    assert path.name == "report.md" and first[1].startswith(b"\x89PNG")
+    first = [(written / name).read_text() for name in ("report.md", "curves.svg")]
+    assert path.name == "report.md" and "</svg>" in first[1] and "persistence" not in first[1]
     report.write(question, written)
-    assert [(written / name).read_bytes() for name in ("report.md", "curves.png")] == first
+    assert [(written / name).read_text() for name in ("report.md", "curves.svg")] == first
 
 
 def test_mixed_conditions_are_refused_or_said(question, written, made_up):
@@ -99,8 +102,20 @@ def test_curves_against_flops_are_drawn_where_asked(question, grid):
 
     plain = report.learning_curves(question, grid)
     wider = report.learning_curves(dataclasses.replace(question, plots_flops=True), grid)
-    widths = [int.from_bytes(picture[16:20], "big") for picture in (plain, wider)]
+    widths = [float(re.search(r'width="([\d.]+)pt"', picture)[1]) for picture in (plain, wider)]
     assert widths[1] == 2 * widths[0]
+
+
+KEPT = sorted((pathlib.Path(__file__).parents[2] / "results" / "ablations").glob("*/*/report.md"))
+
+
+@pytest.mark.parametrize("path", KEPT, ids=lambda path: f"{path.parents[1].name}-{path.parent.name}")
+def test_reports_that_are_kept_are_those_of_the_results_beside_them(path):
+    """A change of a rule, a claim or a table shows in the tree; `stvdm ablate NAME --size=SIZE --report` rewrites."""
+    found = results.read(path.parent)
+    results.check(found)
+    assert path.read_text() == report.as_markdown(questions.find(path.parents[1].name), found)
+    assert (path.parent / "curves.svg").exists()
 
 
 def test_a_mean_curve_has_the_steps_that_all_seeds_have():
