@@ -18,7 +18,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["stvdm", "stvdm.*"]),
-    package_data={"stvdm": ["bundled/*", "py.typed"]},
+    package_data={"stvdm": ["bundled/*", "bundled/features/*", "py.typed"]},
     zip_safe=False,
     entry_points={"console_scripts": ["stvdm = stvdm.cli:main"]},
     install_requires=[

@@ -81,6 +81,7 @@ LADDER = """
     train.telemetry
     train.autoencoder
     train.dit
+    train.features
     planning.collectives
     planning.plan
     planning.search

@@ -286,7 +286,8 @@ def scores_of(report: Mapping[str, Any]) -> dict[str, Any]:
     """A report of `evaluation.measure` as numbers: "scores" of the model and, of the same scenes, of its "references".
 
     Scores are the items of `physics`, and: frame_change, the mean change from frame to frame in values of [-1, 1];
-    flow_loss; and of the autoencoder psnr_db, ssim, excess_flicker and latent_flicker.
+    flow_loss; kinetic_frechet, kinetic_kernel, kinetic_precision, kinetic_recall (there "real" are other real clips);
+    and of the autoencoder psnr_db, ssim, excess_flicker and latent_flicker.
     """
     columns: dict[str, dict[str, float]] = {name: {} for name in ("generated", "reconstructed", "real", "chance")}
     hidden = {}
@@ -298,6 +299,9 @@ def scores_of(report: Mapping[str, Any]) -> dict[str, Any]:
             columns[name][item] = row["mean"]
     for name, value in report["flicker"].items():
         columns[name]["frame_change"] = value
+    for distance, cells in report["distances"].items():
+        for name, value in cells.items():
+            columns[name][distance] = value
     columns["generated"] |= {"flow_loss": report["flow_loss"], **report["reconstruction"]}
     return {"scores": columns.pop("generated"), "references": columns, "not_reported": hidden}
 

@@ -38,7 +38,7 @@ Result = dict[str, Any]
 Conditions = Mapping[str, Any]
 
 OF_THE_MODEL = ("checkpoint", "model_sha256")  # what is compared, and so may differ
-SCALARS = {  # of a result, without intervals, beside those of published networks: row -> where it is
+SCALARS = {  # of a result, without intervals, beside distances and published networks' scores: row -> where it is
     "change from frame to frame": ("flicker", "generated"),
     "flow loss (of one autoencoder)": ("flow_loss",),
     "autoencoder PSNR, dB": ("reconstruction", "psnr_db"),
@@ -212,7 +212,10 @@ def as_markdown(results: Mapping[str, Result]) -> str:
             row.append(_apart(difference(ours, theirs, together or 0.0)) + " unpaired" * (together is None))
         rows.append(row)
     published = {
-        name: ("published", name, "generated") for one in results.values() for name in one.get("published", {})
+        name: (section, name, "generated")
+        for section in ("distances", "published")
+        for one in results.values()
+        for name in one.get(section, {})
     }
     for label, where in (published | SCALARS).items():
         values = {name: _at(result, where) for name, result in results.items()}

@@ -26,6 +26,7 @@ from jax import lax
 
 from stvdm.data.kinetic_scene import Scene
 from stvdm.evaluation import block_matching, distributions, metrics, physics, vbench
+from stvdm.models import video_features
 
 PSNR_OF_EQUALS = 60.0  # dB, in place of infinity: more than bytes that are off by one level have
 
@@ -124,6 +125,7 @@ FEATURES = (
     # Distances of sets are in use for all that can be wrong with clips. But that clips run backwards no distribution
     # can tell, where there is as much to the left as to the right, and growing as shrinking.
     Features("random", random_weights, _FORWARDS_ALL, ("time_reversal",), "subject_consistency"),
+    Features("kinetic", lambda videos: video_features.bundled().extract(videos), _FORWARDS_ALL, ("time_reversal",)),
     Features("colours", colours, ("colour_drift",), ("flicker", "time_reversal"), "background_consistency"),
 )
 

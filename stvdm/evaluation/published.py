@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -53,6 +54,17 @@ class Judges:
                 "with the safetensors that its authors published."
             )
         return cls(**{name: getattr(towers, name)(source / name) for name in found})
+
+    def digests(self) -> dict[str, str]:
+        """Network -> SHA-256 of its weights as they are used: scores of two networks of one name are not comparable."""
+        found = {}
+        for name in NAMES:
+            if (network := getattr(self, name)) is not None:
+                digest = hashlib.sha256()
+                for leaf in jax.tree.leaves(network.params):
+                    digest.update(np.asarray(leaf).tobytes())
+                found[name] = digest.hexdigest()
+        return found
 
     def clip_score(self, videos: np.ndarray, captions: Sequence[str], *, batch: int = 32) -> np.ndarray:
         """`clip_score` of each clip and its caption: the mean over all its frames; (B,).

@@ -31,6 +31,7 @@ from stvdm.data import kinetic_scene, kinetic_shapes
 from stvdm.data.kinetic_shapes import Scene, World
 from stvdm.diffusion import flow
 from stvdm.evaluation import instruments, metrics, physics, published, result_file
+from stvdm.models import video_features
 from stvdm.sampling import pipeline as sampling
 from stvdm.sampling.pipeline import Models, Pipeline, Result, to_model_range
 
@@ -50,6 +51,7 @@ class HeldOut(NamedTuple):
     rebuilt: np.ndarray  # the same, through the autoencoder
     others: np.ndarray  # the same, of as many other scenes: how far apart sets of real clips are
     latents: np.ndarray  # normalised, (num, t, h, w, z)
+    features: dict[str, np.ndarray]  # kinetic (num, D), of "real", "reconstructed" and "others"
     columns: dict[str, dict[str, physics.Row]]  # "reconstructed", "real" and, of more than one scene, "chance"
     reconstruction: dict[str, float]
     flicker: dict[str, float]  # mean |frame-to-frame change| in values of [-1, 1], of "reconstructed" and "real"
@@ -88,6 +90,7 @@ def main(
     if judges is not None:
         say("asking published networks")
         report["published"] = judged(judges, held, result.videos)
+        report["conditions"]["networks_sha256"] = judges.digests()
     report["conditions"]["checkpoint"] = "bundled" if checkpoint is None else str(checkpoint)
     result_file.write(output, report)
     from stvdm.data import video
@@ -127,7 +130,7 @@ def hold_out(
         shape = (num_frames or T, height, width)
         return np.stack([kinetic_scene.render(scene, *shape, pipeline.fps) for scene in scenes])
 
-    real = film(scenes)
+    real, others = film(scenes), film(unrelated)
     parts = [_filled(real[start : start + batch], batch) for start in range(0, num, batch)]
     latents = [pipeline.encode(part) for part in parts]
     rebuilt = np.concatenate([pipeline.decode(latent) for latent in latents])[:num]
@@ -136,16 +139,20 @@ def hold_out(
         for name, videos in (("reconstructed", rebuilt), ("real", real))
     }
     if num > 1:
-        others = physics.summarise(score_each(np.roll(real, 1, axis=0), scenes, fps=pipeline.fps, world=place))
-        columns["chance"] = {item: others[item] for item in OF_THE_PROMPT}
+        by_chance = physics.summarise(score_each(np.roll(real, 1, axis=0), scenes, fps=pipeline.fps, world=place))
+        columns["chance"] = {item: by_chance[item] for item in OF_THE_PROMPT}
     return HeldOut(
         scenes=scenes,
         world=place,
         seed=seed,
         real=real,
         rebuilt=rebuilt,
-        others=film(unrelated),
+        others=others,
         latents=np.concatenate([np.asarray(latent) for latent in latents])[:num],
+        features={
+            name: video_features.bundled().extract(videos, batch=batch)
+            for name, videos in (("real", real), ("reconstructed", rebuilt), ("others", others))
+        },
         columns=columns,
         reconstruction={
             **reconstruction(rebuilt, real),
@@ -183,6 +190,12 @@ def measure(
         batch_size=min(batch, num),
     )
     scores = score_each(result.videos, held.scenes, fps=pipeline.fps, world=held.world)
+    net = video_features.bundled()
+    sets = {
+        "generated": net.extract(result.videos, batch=batch),
+        "reconstructed": held.features["reconstructed"],
+        "real": held.features["others"],
+    }
     report = {
         "conditions": {
             "prompts": f"kinetic shapes, test split, seed {held.seed}, {num} scenes",
@@ -194,6 +207,7 @@ def measure(
             "loss_times": list(LOSS_TIMES),
             "versions": {"stvdm": stvdm.__version__, "jax": jax.__version__},
             "device": jax.devices()[0].device_kind,
+            "kinetic_features_sha256": net.digest,
         },
         "items": table({"generated": physics.summarise(scores), **held.columns}),
         "all_right_by_things": {
@@ -202,6 +216,7 @@ def measure(
         },
         "reconstruction": held.reconstruction,
         "flicker": {"generated": frame_change(result.videos), **held.flicker},
+        "distances": distances_of(sets, held.features["real"], "kinetic"),
         "flow_loss": flow_loss(pipeline, held.latents, prompts, batch=batch),
         "scores": {item: result_file.kept([one[item] for one in scores]) for item in physics.ITEMS},
     }
@@ -228,28 +243,23 @@ def judged(judges: published.Judges, held: HeldOut, videos: np.ndarray) -> dict[
         found["lpips"] = {"reconstructed": float(judges.lpips_distance(held.rebuilt, held.real).mean())}
     for network in published.OF_VIDEOS:
         if getattr(judges, network) is not None:
-            of = functools.partial(judges.features, network)
-            sets = {"generated": videos, "reconstructed": held.rebuilt, "real": held.others}
-            found |= distances_of(sets, held.real, of, network)
+            columns = {"generated": videos, "reconstructed": held.rebuilt, "real": held.others}
+            sets = {name: judges.features(network, clips) for name, clips in columns.items()}
+            found |= distances_of(sets, judges.features(network, held.real), network)
     return found
 
 
-def distances_of(
-    columns: Mapping[str, np.ndarray],
-    real: np.ndarray,
-    features: Callable[[np.ndarray], np.ndarray],
-    name: str,
-) -> dict[str, dict[str, float]]:
-    """Distance -> column -> how far a column's clips are from real ones by features: NAME_frechet, NAME_kernel, ...
+def distances_of(columns: Mapping[str, np.ndarray], real_ND: np.ndarray, name: str) -> dict[str, dict[str, float]]:
+    """Distance -> column -> how far its clips' features are from those of real ones: NAME_frechet, NAME_kernel, ...
 
-    Of fewer clips than `distributions.precision_recall` needs there are none.
+    Of fewer clips than `distributions.precision_recall` needs there are none. Named "kinetic" they are over the
+    package's own network of clips, and comparable with nothing but themselves: not FVD.
     """
     found: dict[str, dict[str, float]] = {}
-    if len(real) <= LEAST_OF_A_SET:
+    if len(real_ND) <= LEAST_OF_A_SET:
         return found
-    real_ND = features(real)
-    for column, clips in columns.items():
-        for kind, value in instruments.distances(features(clips), real_ND).items():
+    for column, features_ND in columns.items():
+        for kind, value in instruments.distances(features_ND, real_ND).items():
             found.setdefault(f"{name}_{kind}", {})[column] = value
     return found
 
@@ -372,7 +382,7 @@ def as_text(report: dict[str, Any]) -> str:
         f"excess flicker {rebuilt['excess_flicker']:.4f}"
     )
     lines.append("mean |frame-to-frame change|: " + ", ".join(f"{k} {v:.4f}" for k, v in report["flicker"].items()))
-    for score, cells in report.get("published", {}).items():
+    for score, cells in {**report.get("distances", {}), **report.get("published", {})}.items():
         lines.append(f"{score}: " + ", ".join(f"{name} {value:.4g}" for name, value in cells.items()))
     return "\n".join(lines)
 

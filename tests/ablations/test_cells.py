@@ -162,12 +162,24 @@ def test_scores_and_references_are_taken_out_of_a_report():
                 "shape": {"not_reported": "real clips fail"},
             },
             "flicker": {"generated": 3.0, "reconstructed": 2.0, "real": 1.0},
+            "distances": {"kinetic_frechet": {"generated": 5.0, "real": 0.5}},
             "flow_loss": 0.7,
             "reconstruction": {"psnr_db": 30.0},
         }
     )
-    assert scores["scores"] == {"colour": 0.5, "frame_change": 3.0, "flow_loss": 0.7, "psnr_db": 30.0}
-    assert scores["references"]["real"] == {"colour": 0.5, "residual": 0.5, "frame_change": 1.0}
+    assert scores["scores"] == {
+        "colour": 0.5,
+        "frame_change": 3.0,
+        "kinetic_frechet": 5.0,
+        "flow_loss": 0.7,
+        "psnr_db": 30.0,
+    }
+    assert scores["references"]["real"] == {
+        "colour": 0.5,
+        "residual": 0.5,
+        "frame_change": 1.0,
+        "kinetic_frechet": 0.5,
+    }
     assert scores["references"]["chance"] == {"colour": 0.5}
     assert scores["not_reported"] == {"shape": "real clips fail"}
 

@@ -87,6 +87,14 @@ def test_lpips_of_a_clip_is_the_mean_over_its_frames():
         judges.lpips_distance(one, other[:1])
 
 
+def test_digests_are_of_the_weights(judges):
+    found = judges.digests()
+    assert found.keys() == {"clip", "videomae"}
+    params = {**judges.clip.params, "log_scale": judges.clip.params["log_scale"] + 1}
+    other = dataclasses.replace(judges, clip=judges.clip._replace(params=params)).digests()
+    assert other["videomae"] == found["videomae"] and other["clip"] != found["clip"]
+
+
 def test_batches_do_not_show(judges):
     clips, captions = videos(5), list("abcde")
     np.testing.assert_allclose(

@@ -49,8 +49,16 @@ def test_a_model_of_noise_is_told_apart_from_real_clips(kinetic_model, networks,
     assert (tmp_path / "out" / "results.png").exists()
     assert (tmp_path / "out" / "results.gif").exists()
     assert set(written["published"]["clip_score"]) == {"generated", "reconstructed", "real", "chance"}
-    assert set(written["published"]["videomae_frechet"]) == {"generated", "reconstructed", "real"}
     printed = capsys.readouterr().out
+    assert written["distances"].keys() == {f"kinetic_{name}" for name in ("frechet", "kernel", "precision", "recall")}
+    far, covered = (written["distances"][f"kinetic_{name}"] for name in ("kernel", "recall"))
+    assert far["generated"] > 3 * abs(far["real"])  # told apart by the feature network too, of five clips already
+    assert far["reconstructed"] > 3 * abs(far["real"])
+    assert covered["generated"] < covered["real"]
+    assert len(written["conditions"]["kinetic_features_sha256"]) == 64
+    assert "kinetic_frechet: generated " in printed
+    assert set(written["conditions"]["networks_sha256"]) == {"clip", "videomae"}
+    assert set(written["published"]["videomae_frechet"]) == {"generated", "reconstructed", "real"}
     assert "all_right" in printed and "clip_score: generated " in printed
 
 
