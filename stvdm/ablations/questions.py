@@ -133,7 +133,7 @@ _ATTENTION = Question(
         "full": attend("full"),
     },
     samplings={"default": Sampling(), "diagonal": Sampling(world=FAST_DIAGONALS)},
-    scores=("all_right", "direction", *HOLDS),
+    scores=("all_right", "direction", *HOLDS, "kinetic_frechet"),
     claims=(
         Claim("full", "frame", "persistence", "attention over time keeps a thing the same thing"),
         Claim("full", "frame", "frame_change", "frames made each alone flicker", higher=False),
@@ -160,7 +160,7 @@ _OBJECTIVE = Question(
         )
     },
     samplings={"steps_20": Sampling(steps=20), "steps_10": Sampling(steps=10), "steps_5": Sampling(steps=5)},
-    scores=(*FOLLOWS, "persistence", "flow_loss"),
+    scores=(*FOLLOWS, "persistence", "flow_loss", "kinetic_frechet"),
     claims=(
         Claim("velocity_logit_normal", "velocity_uniform", "all_right", "logit-normal times beat uniform ones"),
         Claim(
@@ -187,7 +187,7 @@ _AUTOENCODER = Question(
     source="CogVideoX: a 3-D autoencoder removes jitter; every open causal one keeps the first frame alone",
     budget="steps",
     variants={"causal": as_it_is, "uniform": in_equal_groups, "frame": frame_by_frame},
-    scores=("psnr_db", "excess_flicker", "latent_flicker", "all_right", "shape", *HOLDS),
+    scores=("psnr_db", "excess_flicker", "latent_flicker", "all_right", "shape", *HOLDS, "kinetic_frechet"),
     claims=(
         Claim("causal", "frame", "psnr_db", "joint encoding of time reconstructs better"),
         Claim("causal", "frame", "excess_flicker", "joint encoding reconstructs with less flicker", higher=False),
@@ -207,7 +207,7 @@ _TIME = Question(
     "training, and adaLN that does not start as nothing",
     budget="parameters",
     variants={path: tell_time(path) for path in ("adaln_zero", "adaln", "in_context", "cross_attention")},
-    scores=(*FOLLOWS, "persistence", "flow_loss"),
+    scores=(*FOLLOWS, "persistence", "flow_loss", "kinetic_frechet"),
     claims=(
         Claim("adaln_zero", "in_context", "flow_loss", "modulation beats a token in the sequence", higher=False),
         Claim("adaln_zero", "cross_attention", "flow_loss", "modulation beats a token beside the words", higher=False),
@@ -227,7 +227,7 @@ _TEXT = Question(
     "one; CogVideoX: one, with a modulation of its own for text; Wan 2.1: cross-attention",
     budget="parameters",
     variants={"cross": as_it_is, "joint": read_jointly, "dual": read_beside},
-    scores=(*FOLLOWS, "colour", "count", "flow_loss"),
+    scores=(*FOLLOWS, "colour", "count", "flow_loss", "kinetic_frechet"),
     claims=(
         Claim("joint", "cross", "all_right", "text in the sequence is followed better"),
         Claim("joint", "cross", "flow_loss", "text in the sequence trains better", higher=False),
@@ -249,7 +249,7 @@ _PATCH = Question(
         f"{size}_{space}": sized(space, heads)
         for (size, heads), space in itertools.product({"half": 0.5, "base": 1.0, "large": 1.5}.items(), (2, 4, 8))
     },
-    scores=("all_right", *FOLLOWS[1:], "persistence", "flow_loss"),
+    scores=("all_right", *FOLLOWS[1:], "persistence", "flow_loss", "kinetic_frechet"),
     claims=(
         Claim("base_2", "base_4", "all_right", "smaller patches help at equal parameters"),
         Claim("base_4", "base_8", "all_right", "smaller patches help at equal parameters"),
@@ -268,7 +268,7 @@ _POSITIONS = Question(
     budget="steps",
     variants={"rotary": place_by("rotary"), "sincos": place_by("sincos")},
     samplings={"default": Sampling(), "twice": Sampling(times_length=2)},
-    scores=(*FOLLOWS, "persistence", "smoothness", "flow_loss"),
+    scores=(*FOLLOWS, "persistence", "smoothness", "flow_loss", "kinetic_frechet"),
     claims=(
         Claim("rotary", "sincos", "flow_loss", "rotary positions train faster", higher=False),
         Claim("rotary", "sincos", "all_right", "rotary positions are better at the length of training"),
@@ -294,7 +294,7 @@ _IMAGES = Question(
         "short_to_long": (Stage(0.15, only(0, 1)), Stage(0.25, only(2, 1)), Stage(0.6, as_it_is)),
         "low_to_high": (Stage(0.3, only(1, 2)), Stage(0.7, as_it_is)),
     },
-    scores=(*FOLLOWS, "persistence", "flow_loss"),
+    scores=(*FOLLOWS, "persistence", "flow_loss", "kinetic_frechet"),
     claims=(
         Claim("with_images", "video", "all_right", "images beside video help"),
         Claim("with_lengths", "video", "all_right", "images and short clips beside long ones help"),
@@ -320,7 +320,7 @@ _COMPRESSION = Question(
         "half_channels": channels(0.5),
         "twice_channels": channels(2),
     },
-    scores=("psnr_db", "excess_flicker", "all_right", "shape", "motion", "persistence"),
+    scores=("psnr_db", "excess_flicker", "all_right", "shape", "motion", "persistence", "kinetic_frechet"),
     claims=(
         Claim("twice_channels", "half_channels", "psnr_db", "more channels reconstruct better"),
         Claim("twice_channels", "half_channels", "all_right", "more channels generate better"),
@@ -339,7 +339,7 @@ _GUIDANCE = Question(
     budget="steps",
     variants={f"dropped_{percent}": drop_captions(percent / 100) for percent in (0, 10, 30)},
     samplings={f"scale_{scale}": Sampling(guidance=scale) for scale in (3, 1, 2, 6, 12)},
-    scores=(*FOLLOWS, "colour_constancy", "persistence"),
+    scores=(*FOLLOWS, "colour_constancy", "persistence", "kinetic_frechet"),
     claims=(
         Claim("dropped_10@scale_3", "dropped_10@scale_1", "all_right", "guidance helps"),
         Claim("dropped_10@scale_3", "dropped_10@scale_12", "all_right", "too much guidance harms"),
@@ -355,7 +355,7 @@ _AVERAGE = Question(
     source="Common to all diffusion models since DDPM (arXiv:2006.11239)",
     budget="steps",
     variants={"averaged": as_it_is, "last": without_average},
-    scores=(*FOLLOWS, "persistence", "flow_loss"),
+    scores=(*FOLLOWS, "persistence", "flow_loss", "kinetic_frechet"),
     claims=(
         Claim("averaged", "last", "all_right", "averaged weights are right more often"),
         Claim("averaged", "last", "flow_loss", "averaged weights have the lower loss", higher=False),
@@ -374,7 +374,7 @@ _OPTIMIZER = Question(
         "adamw": optimise("adamw"),
         "adamw_quarter_rate": optimise("adamw", 0.25),
     },
-    scores=(*FOLLOWS, "flow_loss"),
+    scores=(*FOLLOWS, "flow_loss", "kinetic_frechet"),
     claims=(
         Claim("muon", "adamw", "flow_loss", "Muon beats AdamW at one rate", higher=False),
         Claim("muon", "adamw_quarter_rate", "flow_loss", "Muon beats AdamW at a quarter of its rate", higher=False),
@@ -394,7 +394,7 @@ _QK_NORM = Question(
         "with_high_rate": normalise(True, 4.0),
         "without_high_rate": normalise(False, 4.0),
     },
-    scores=(*FOLLOWS, "flow_loss"),
+    scores=(*FOLLOWS, "flow_loss", "kinetic_frechet"),
     claims=(
         Claim("with_high_rate", "without_high_rate", "flow_loss", "at four times the rate it helps", higher=False),
         Claim("with", "without", "flow_loss", "at the usual rate it helps", higher=False),
@@ -417,7 +417,7 @@ _BOLTED_ON = Question(
         "unet": with_unet(temporal=True),
         "images_alone": with_unet(temporal=False),
     },
-    scores=("all_right", *FOLLOWS[1:], *HOLDS, "flow_loss"),
+    scores=("all_right", *FOLLOWS[1:], *HOLDS, "flow_loss", "kinetic_frechet"),
     claims=(
         Claim("dit", "bolted_on", "all_right", "one transformer over space and time is right more often"),
         Claim("dit", "bolted_on", "persistence", "one transformer keeps a thing the same thing"),

@@ -16,7 +16,8 @@ from stvdm.data.kinetic_shapes import World, sample_scene
 from stvdm.evaluation import physics
 from stvdm.sampling import pipeline
 
-SCORES = {*physics.ITEMS, "frame_change", "flow_loss", "psnr_db", "ssim", "excess_flicker", "latent_flicker"}
+SCORES = {*physics.ITEMS, "frame_change", "flow_loss", "kinetic_frechet"}
+SCORES |= {"psnr_db", "ssim", "excess_flicker", "latent_flicker"}
 VARIANTS = [(question.name, variant) for question in QUESTIONS.values() for variant in question.variants]
 
 
