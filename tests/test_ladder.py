@@ -54,6 +54,8 @@ LADDER = """
     sampling.inspection
     sampling.attention_page
     interop.mapping
+    interop.weights
+    interop.wan
     interop.towers
     interop.diffusers
     evaluation.result_file
