@@ -122,6 +122,9 @@ def _add_generate(commands: Any) -> None:
     command.add_argument("--height", type=_count, metavar="H", help="pixels")
     command.add_argument("--width", type=_count, metavar="W", help="pixels")
     command.add_argument("--output", default="outputs", metavar="DIR", help="folder to write to (default: outputs)")
+    command.add_argument(
+        "--tower", metavar="DIR", help="the published tower that reads its prompts, if not where it lay in training"
+    )
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -133,7 +136,7 @@ def _generate(args: argparse.Namespace) -> None:
 
     with _progress() as show:
         show("loading the model")
-        loaded = pipeline.Pipeline.load(None if args.checkpoint == BUNDLED else args.checkpoint)
+        loaded = pipeline.Pipeline.load(None if args.checkpoint == BUNDLED else args.checkpoint, tower=args.tower)
         show("compiling")
         result = loaded.generate(
             args.prompts,
@@ -294,11 +297,19 @@ def _add_preprocess(commands: Any) -> None:
         commands,
         "preprocess",
         _preprocess,
-        "compute the latents of a data set once",
+        "compute the latents of a data set once, and what a tower makes of its captions",
         "stvdm preprocess --config=configs/autoencoder_kinetic.py --checkpoint=runs/autoencoder --out=runs/latents",
-        "Then train on them with --config.data.source=latents --config.data.path=DIR.",
+        "Then train on them with --config.data.source=latents --config.data.path=DIR. With the config of a DiT whose "
+        "text.tower names a published tower, its text is stored beside the latents.",
     )
     _add_config(command)
+    command.add_argument(
+        "--host",
+        type=_host,
+        default=(0, 1),
+        metavar="I/N",
+        help="this is host I, from 0, of N that write to one folder, each its share of the shards",
+    )
     command.add_argument("--checkpoint", metavar="DIR", help="the trained autoencoder (default: the config's)")
     command.add_argument("--out", required=True, metavar="DIR", help="folder of the latents")
     command.add_argument(
@@ -324,10 +335,15 @@ def _preprocess(args: argparse.Namespace) -> None:
 
     from stvdm import checkpoint, preprocess
     from stvdm.data import loader
+    from stvdm.interop import towers
     from stvdm.sampling import pipeline
 
     params, description = checkpoint.load_model(pipeline.model_folder(folder))
     autoencoder = pipeline.autoencoder_of(description["autoencoder"])
+    made_by, reader = {"autoencoder": description["sha256"]}, None
+    if config.kind == "dit" and config.text.tower:
+        reader = pipeline.reader_of(config.to_dict()).on()
+        made_by["text"] = towers.identity(config.text.tower, max_tokens=config.text.max_tokens)
 
     @jax.jit
     def encode(params: Any, video_BTHWC: Any) -> Any:
@@ -342,8 +358,10 @@ def _preprocess(args: argparse.Namespace) -> None:
             args.out,
             buckets=data.buckets,
             seed=config.seed,
+            read=reader,
+            host=args.host,
             batch_size=args.batch,
-            about={"autoencoder": description["sha256"]},
+            about=made_by,
             on_progress=lambda done, total: show(f"encoding {done}/{total}", over=done == total),
         )
     print(json.dumps(about, indent=2, default=_plain))
@@ -704,6 +722,14 @@ def _count(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
     return number
+
+
+def _host(text: str) -> tuple[int, int]:
+    numbers = re.fullmatch(r"(\d+)/(\d+)", text)
+    host = (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
+    if host[0] >= host[1]:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected I/N with I from 0 to N - 1, e.g. 0/4")
+    return host
 
 
 def _refuse_unknown(rest: Sequence[str], argv: Sequence[str], *, overrides_allowed: bool) -> None:
