@@ -37,6 +37,8 @@ LADDER = """
     models.critics
     models.video_features
     interop.mapping
+    interop.weights
+    interop.wan
     interop.towers
     diffusion.flow
     diffusion.schedules

@@ -11,14 +11,22 @@ at once.
 Of layout there is one convention to cross: PyTorch keeps kernels as (out, in, *space), Flax as (*space, in, out), so
 what becomes a ``kernel`` is turned, and all else fits as it is. Last words follow from what we have there: ``weight``
 is our ``kernel`` or ``scale``, ``running_mean`` and ``running_var`` are ``mean`` and ``var``.
+
+Where weights also go back to where they came from, the table is read from our side, and says how each lies there:
+
+    rules = [Rule(r"layers_(\d+)/mlp_in/kernel", r"blocks.\1.ffn.0.weight", KERNEL), ...]
+    pairs = pairs_of(shapes, rules, stacked="layers")     # one foreign tensor each, and the parameter that it fills
+    agree(pairs, foreign_shapes)                          # by names and shapes alone, before a byte is read
+
+From a pair alone follow the foreign name and shape, and both directions; `interop.weights` reads and writes by them.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +35,7 @@ from flax import traverse_util
 
 Tree = Any
 Rules = Sequence[tuple[str, str]]
+Shape = tuple[int, ...]
 
 _LAST_WORDS = {"weight": ("kernel", "scale"), "running_mean": ("mean",), "running_var": ("var",)}
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
@@ -37,6 +46,91 @@ _CONVERT = (  # what a user may run; some files hold the tensors one level down
     "save_file({k: v.clone().contiguous() for k, v in found.items() if hasattr(v, 'clone')}, sys.argv[2])"
 )
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+class Layout(NamedTuple):
+    """The same values as they lie there and here: two functions, each the other's inverse."""
+
+    to_ours: Callable[[np.ndarray], np.ndarray]
+    to_theirs: Callable[[np.ndarray], np.ndarray]
+
+
+class Rule(NamedTuple):
+    """What a parameter is called there, and how it lies."""
+
+    ours: str  # a regular expression for our whole path
+    theirs: str  # the foreign name, as `re.Match.expand` takes it
+    layout: Layout
+
+
+class Pair(NamedTuple):
+    """One foreign tensor, and the parameter of ours that it fills, or the layer of one."""
+
+    theirs: str
+    shape: Shape  # as it lies there
+    ours: str
+    layer: int | None  # of a parameter that holds all layers; None: the tensor is the whole parameter
+    layout: Layout
+
+
+AS_IS = Layout(np.asarray, np.asarray)
+KERNEL = Layout(lambda x: np.transpose(x, (*range(2, np.ndim(x)), 1, 0)), lambda x: np.moveaxis(x, (-1, -2), (0, 1)))
+ROWS = Layout(lambda x: x[0], lambda x: x[None])  # they have one more dimension, of size 1, in front
+
+
+def pairs_of(shapes: Tree, rules: Sequence[Rule], *, stacked: str = "") -> list[Pair]:
+    """The foreign tensor of each parameter, in the order of our paths.
+
+    Args:
+      shapes: nested dicts of anything with a ``shape``.
+      rules: of which the first that fits a path counts.
+      stacked: the name of scanned layers: parameters of "layers/..." hold one for each layer, "layers_0/..." and so on
+        to the rules.
+
+    Raises:
+      ValueError: naming all parameters that have no place there.
+    """
+    found, homeless = [], []
+    for path, leaf in sorted(traverse_util.flatten_dict(shapes, sep="/").items()):
+        for layer, alone, shape in _layers_of(path, tuple(leaf.shape), stacked):
+            match = next(((rule, m) for rule in rules if (m := re.fullmatch(rule.ours, alone))), None)
+            if match is None:
+                homeless.append(f"{alone} {shape}")
+                continue
+            rule, names = match
+            theirs = rule.layout.to_theirs(np.broadcast_to(np.float32(0), shape)).shape
+            found.append(Pair(names.expand(rule.theirs), theirs, path, layer, rule.layout))
+    if homeless:
+        raise ValueError("the other format has no place for these parameters:\n  - " + "\n  - ".join(_folded(homeless)))
+    return found
+
+
+def agree(pairs: Sequence[Pair], found: Mapping[str, Shape], *, ignored: str = "") -> None:
+    """Returns if the tensors found are exactly those of the pairs, in name and shape.
+
+    Args:
+      found: foreign name -> shape.
+      ignored: a regular expression for whole names that may be there and are of no use.
+
+    Raises:
+      ValueError: listing all tensors that are missing, left over or of another shape; those that differ in a number
+        alone stand in one line.
+    """
+    wanted = {pair.theirs: pair.shape for pair in pairs}
+    problems = [f"{name} {shape}: missing" for name, shape in wanted.items() if name not in found]
+    problems += [
+        f"{name} {shape}: left over" for name, shape in found.items() if name not in wanted and not _is(ignored, name)
+    ]
+    problems += [
+        f"{name} {found[name]}: expected {shape}"
+        for name, shape in wanted.items()
+        if name in found and tuple(found[name]) != shape
+    ]
+    if problems:
+        raise ValueError(
+            "these weights are not this model's, so see whether the config.json beside them is theirs:\n  - "
+            + "\n  - ".join(_folded(problems))
+        )
 
 
 def into(shapes: Tree, source: Mapping[str, np.ndarray], rules: Rules, *, dtype: Any = np.float32) -> Tree:
@@ -127,7 +221,18 @@ def read(place: epath.PathLike) -> dict[str, np.ndarray]:
     """
     from safetensors import deserialize
 
-    source = epath.Path(place).expanduser()
+    files = files_of(epath.Path(place).expanduser())
+    tensors: dict[str, np.ndarray] = {}
+    for path in files:
+        for name, leaf in deserialize(path.read_bytes()):
+            # Counters and position numbers, which are no weights.
+            if leaf["dtype"] in _DTYPES:
+                tensors[name] = np.frombuffer(leaf["data"], _DTYPES[leaf["dtype"]]).reshape(leaf["shape"])
+    return tensors
+
+
+def files_of(source: epath.Path) -> list[epath.Path]:
+    """The safetensors files of a folder, or the file itself; raises as `read` does."""
     files = [source] if source.is_file() else sorted(source.glob("*.safetensors")) if source.exists() else []
     pickles = [path for path in (files or _files(source)) if path.suffix in _PICKLES]
     if pickles:
@@ -137,13 +242,42 @@ def read(place: epath.PathLike) -> dict[str, np.ndarray]:
         )
     if not files:
         raise FileNotFoundError(f"{source}: expected a .safetensors file, or a folder of them.")
-    tensors: dict[str, np.ndarray] = {}
-    for path in files:
-        for name, leaf in deserialize(path.read_bytes()):
-            # Counters and position numbers, which are no weights.
-            if leaf["dtype"] in _DTYPES:
-                tensors[name] = np.frombuffer(leaf["data"], _DTYPES[leaf["dtype"]]).reshape(leaf["shape"])
-    return tensors
+    return files
+
+
+def _layers_of(path: str, shape: Shape, stacked: str) -> Iterator[tuple[int | None, str, Shape]]:
+    """(layer, path, shape) of each layer that a parameter holds; itself if it is no stack."""
+    first, _, rest = path.partition("/")
+    if not stacked or first != stacked:
+        yield None, path, shape
+        return
+    for layer in range(shape[0]):
+        yield layer, f"{stacked}_{layer}/{rest}", shape[1:]
+
+
+def _folded(lines: Iterable[str]) -> list[str]:
+    """Lines, where those that differ in their first number alone are one: "blocks.0-29.norm.weight (8,): missing"."""
+    numbers: dict[tuple[str, str], list[int]] = {}
+    for line in lines:
+        head, number, tail = re.match(r"(\D*)(\d*)(.*)", line.replace("\n", " ")).groups()  # type: ignore[union-attr]
+        is_in_name = number and " " not in head
+        numbers.setdefault((head, tail) if is_in_name else (line, ""), []).append(int(number) if is_in_name else -1)
+    return [head + _ranges(found) + tail for (head, tail), found in numbers.items()]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 5] as "0-2,5"; [-1], of what has no number, as ""."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers) - {-1}):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _is(pattern: str, name: str) -> bool:
+    return bool(pattern) and re.fullmatch(pattern, name) is not None
 
 
 def _files(folder: epath.Path) -> Iterable[epath.Path]:

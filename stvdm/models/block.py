@@ -2,7 +2,7 @@
 """The block of the spacetime transformer: what tokens pass through between two sums of themselves.
 
     x = x + gate_1 * SelfAttention(modulate(LayerNorm(x), shift_1, scale_1))
-    x = x +          CrossAttention(LayerNorm(x), text)                            where text_path="cross"
+    x = x +          CrossAttention(LayerNorm(x), text, image)                     where text_path="cross"
     x = x + gate_2 * MLP(modulate(LayerNorm(x), shift_2, scale_2))                 modulate(y, a, b) = y (1 + b) + a
 
 A *stream* is a kind of tokens with weights of its own. The block itself is the video's. What is beside the video (text,
@@ -52,6 +52,7 @@ class Conditions(NamedTuple):
     read_BSD: jax.Array | None  # for cross-attention
     read_mask_BS: jax.Array | None
     turns: embeddings.Turns | None  # rotary turns of the video tokens
+    image_BSD: jax.Array | None = None  # tokens of an image that cross-attention reads beside the rest
 
 
 class Rows(NamedTuple):
@@ -120,13 +121,16 @@ class Block(Stream):
     grid: Size3
     pattern: str
     window: Size3 | None
+    reads_image: bool = False
 
     def setup(self) -> None:
         super().setup()
         if self.text_path == "cross":
             out_init = zeros if self.time_path == "adaln_zero" else xavier
             self.cross_norm = layer_norm()
-            self.cross_attention = Attention(self.width, self.num_heads, self.qk_norm, self.dtype, out_init)
+            self.cross_attention = Attention(
+                self.width, self.num_heads, self.qk_norm, self.dtype, out_init, self.reads_image
+            )
         elif self.text_path == "dual":
             same = ("width", "num_heads", "mlp_width", "qk_norm", "time_path", "dtype")
             self.text = Stream(**{name: getattr(self, name) for name in same}, length="text")
@@ -151,7 +155,7 @@ class Block(Stream):
         if conditions.read_BSD is not None:
             read = functools.partial(cross_attention, mask_BS=conditions.read_mask_BS)
             y_BND = self.cross_norm(x_BND).astype(self.dtype)
-            x_BND += self.cross_attention(read, y_BND, conditions.read_BSD)
+            x_BND += self.cross_attention(read, y_BND, conditions.read_BSD, image_BSD=conditions.image_BSD)
         return self.add_mlp(x_BND, rows), text_BSD
 
     def tables_K6D(self, num_levels: int) -> jax.Array:
@@ -177,7 +181,9 @@ class Block(Stream):
 class Attention(nn.Module):
     """Projections around an attention: queries from x; keys and values from x too, or from a text where one is given.
 
-    Queries and keys are RMS-normalised over the whole width, before it is cut into heads (as in Wan).
+    Queries and keys are RMS-normalised over the whole width, before it is cut into heads (as in Wan). An image that is
+    read beside a text has keys and values of its own, and a softmax: what is found in the two is summed (Wan's
+    image-to-video; IP-Adapter, arXiv:2308.06721).
     """
 
     width: int
@@ -185,14 +191,19 @@ class Attention(nn.Module):
     qk_norm: bool
     dtype: jax.typing.DTypeLike
     out_init: nn.initializers.Initializer = xavier
+    reads_image: bool = False
 
     def setup(self) -> None:
         of_heads = functools.partial(linear, self.width, "width", "heads", dtype=self.dtype)
         self.query, self.key, self.value = of_heads(), of_heads(), of_heads()
+        scale_init = partitioned(nn.initializers.ones, "heads")
+        norm = functools.partial(nn.RMSNorm, epsilon=EPSILON, dtype=jnp.float32, scale_init=scale_init)
         if self.qk_norm:
-            scale_init = partitioned(nn.initializers.ones, "heads")
-            norm = functools.partial(nn.RMSNorm, epsilon=EPSILON, dtype=jnp.float32, scale_init=scale_init)
             self.query_norm, self.key_norm = norm(), norm()
+        if self.reads_image:
+            self.image_key, self.image_value = of_heads(), of_heads()
+            if self.qk_norm:
+                self.image_key_norm = norm()
         self.out = linear(self.width, "heads", "width", init=self.out_init, dtype=self.dtype)
 
     def __call__(
@@ -202,14 +213,19 @@ class Attention(nn.Module):
         text_BSD: jax.Array | None = None,
         *,
         beside: tuple[Attention, jax.Array] | None = None,
+        image_BSD: jax.Array | None = None,
     ) -> jax.Array:
         """y_BND of an attention (q_BNAd, k, v) -> out_BNAd.
 
         Args:
           text_BSD: where keys and values come from; None: from x.
           beside: tokens that follow x in the attention and in y, and the projections that they go through.
+          image_BSD: tokens that are read beside the text.
         """
         own_qkv = self.project(x_BND, text_BSD)
+        if image_BSD is not None:
+            found_BNAd = cross_attention(own_qkv[0], *self.project_image(image_BSD))
+            return self.merge(attend(*own_qkv) + found_BNAd)
         if beside is None:
             return self.merge(attend(*own_qkv))
         other, other_BSD = beside
@@ -224,25 +240,31 @@ class Attention(nn.Module):
         q, k, v = self.query(x_BND), self.key(source), self.value(source)
         if self.qk_norm:
             q, k = self.query_norm(q).astype(self.dtype), self.key_norm(k).astype(self.dtype)
+        return self.by_head(q, length), self.by_head(k, source_length), self.by_head(v, source_length)
 
-        def by_head(y: jax.Array, length: str) -> jax.Array:
-            heads = y.reshape(*y.shape[:2], self.num_heads, self.width // self.num_heads)
-            return constrain(heads, "batch", length, "heads", None)
+    def project_image(self, image_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys and values by head."""
+        k, v = self.image_key(image_BSD), self.image_value(image_BSD)
+        if self.qk_norm:
+            k = self.image_key_norm(k).astype(self.dtype)
+        return self.by_head(k, "text"), self.by_head(v, "text")
 
-        return by_head(q, length), by_head(k, source_length), by_head(v, source_length)
+    def by_head(self, y_BND: jax.Array, length: str) -> jax.Array:
+        heads_BNAd = y_BND.reshape(*y_BND.shape[:2], self.num_heads, self.width // self.num_heads)
+        return constrain(heads_BNAd, "batch", length, "heads", None)
 
     def merge(self, out_BNAd: jax.Array) -> jax.Array:
         """The output's projection of all heads together."""
         return self.out(out_BNAd.reshape(*out_BNAd.shape[:2], self.width))
 
 
-def layer_norm(name: str | None = None) -> nn.LayerNorm:
-    """With weights, in float32."""
+def layer_norm(name: str | None = None, *, axis: str = "width", epsilon: float = EPSILON) -> nn.LayerNorm:
+    """With weights, in float32; ``axis`` is their logical name."""
     return nn.LayerNorm(
-        epsilon=EPSILON,
+        epsilon=epsilon,
         dtype=jnp.float32,
-        scale_init=partitioned(nn.initializers.ones, "width"),
-        bias_init=partitioned(zeros, "width"),
+        scale_init=partitioned(nn.initializers.ones, axis),
+        bias_init=partitioned(zeros, axis),
         name=name,
     )
 

@@ -36,6 +36,9 @@ tokens of a clip see the same ones, and nothing says which is whose: so K is 1.
 In the latter two they are told the noisiest level of their clip (what is known has no say in it), have no place, hence
 no rotary turn, and are dropped at the end. What they may see is `attention.joint_attention`'s.
 
+**How an image is read** (``image_width``; Wan's image-to-video). Its tokens, as an image tower gives them, pass through
+an MLP between two norms, and stand beside the words: cross-attention reads them by keys and values of their own.
+
 **Precision.** Parameters, norms, softmax, modulation and time are float32. Products and the tokens between blocks
 (the residual stream) are in ``dtype``.
 """
@@ -105,6 +108,7 @@ class DiT(nn.Module):
     num_heads: int
     mlp_width: int
     text_width: int
+    image_width: int = 0  # of the tokens of an image that are read beside the text; 0: there are none
     extra_channels: int = 0  # conditioning latents and masks that the caller appends to the latent's channels
     patch: Size3 = (1, 2, 2)
     attention: tuple[str, ...] = ("full",)  # cycled over the layers; factorised is ("frame", "time")
@@ -128,6 +132,7 @@ class DiT(nn.Module):
         text_BSE: jax.Array,
         text_mask_BS: jax.Array | None = None,
         *,
+        image_BSE: jax.Array | None = None,
         place_N3: jax.Array | None = None,
     ) -> jax.Array:
         """Predicts the velocity of a noisy latent.
@@ -138,6 +143,7 @@ class DiT(nn.Module):
           level_BN: int, which of its clip's levels each token has; None: all have level 0.
           text_BSE: text features.
           text_mask_BS: True where a text token is real; None: all are.
+          image_BSE: features of an image's places, if there is an image_width.
           place_N3: the tokens' places if they are not 0, 1, 2, ...; see `embeddings.grid_places`.
 
         Returns:
@@ -146,7 +152,7 @@ class DiT(nn.Module):
         Raises:
           ValueError: if a field or a shape does not fit.
         """
-        self._check(latent_Bthwz, time_BK)
+        self._check(latent_Bthwz, time_BK, image_BSE)
         _, t, h, w, _ = latent_Bthwz.shape
         grid = shapes.token_grid((t, h, w), self.patch)
         if place_N3 is None:
@@ -171,6 +177,9 @@ class DiT(nn.Module):
         time_BKD = nn.silu(linear(self.width, None, "mlp", name="time_in")(features_BKC))
         time_BKD = linear(self.width, "mlp", "width", name="time_out")(time_BKD)
         clock = Tokens(time_BKD.astype(self.dtype), None)
+        image_BSD = image_BSE
+        if image_BSE is not None:
+            image_BSD = ImageEmbed(self.width, self.dtype, name="image")(image_BSE)
 
         # Who stands beside the video, and who is read.
         is_read = self.text_path == "cross"
@@ -191,6 +200,7 @@ class DiT(nn.Module):
             read_BSD=read and read.tokens_BSD,
             read_mask_BS=read and read.mask_BS,
             turns=turns,
+            image_BSD=image_BSD,
         )
         x_BND, _ = self._layers(grid)((x_BND, second_BSD), conditions)
 
@@ -248,6 +258,7 @@ class DiT(nn.Module):
                 grid=grid,
                 pattern=pattern,
                 window=self.window,
+                reads_image=self.image_width > 0,
                 length="tokens",
                 dtype=self.dtype,
             )
@@ -268,7 +279,7 @@ class DiT(nn.Module):
         turns = [Turn(cycle, name=f"layers_{i}") for i in range(num_turns)]
         return lambda streams, conditions: functools.reduce(lambda x, turn: turn(x, conditions)[0], turns, streams)
 
-    def _check(self, latent_Bthwz: jax.Array, time_BK: jax.Array) -> None:
+    def _check(self, latent_Bthwz: jax.Array, time_BK: jax.Array, image_BSE: jax.Array | None) -> None:
         for pattern in self.attention:
             check_kind(pattern)
         _choose("text_path", self.text_path, TEXT_PATHS)
@@ -300,6 +311,31 @@ class DiT(nn.Module):
                 f"time_path='cross_attention': text_path={self.text_path!r} has no cross-attention; use "
                 "text_path='cross', or time_path='in_context'."
             )
+        if self.image_width and self.text_path != "cross":
+            raise ValueError(
+                f"image_width={self.image_width}: an image is read beside the text by cross-attention, which "
+                f"text_path={self.text_path!r} has not; use text_path='cross', or image_width=0."
+            )
+        width = 0 if image_BSE is None else image_BSE.shape[-1]
+        if width != self.image_width:
+            got = "no image" if image_BSE is None else f"an image of shape {image_BSE.shape}"
+            expected = f"(B, S, {self.image_width})" if self.image_width else "none"
+            raise ValueError(f"{got}: expected {expected}, as image_width={self.image_width}.")
+
+
+class ImageEmbed(nn.Module):
+    """image_BSE -> image_BSD: norm, MLP of the features' width, norm (Wan's; its norms add 1e-5, its GELU is exact)."""
+
+    width: int
+    dtype: jax.typing.DTypeLike
+
+    @nn.compact
+    def __call__(self, image_BSE: jax.Array) -> jax.Array:
+        E = image_BSE.shape[-1]
+        x_BSE = layer_norm("norm_in", axis="text", epsilon=1e-5)(image_BSE).astype(self.dtype)
+        x_BSE = nn.gelu(linear(E, "text", "mlp", dtype=self.dtype, name="mlp_in")(x_BSE), approximate=False)
+        x_BSD = linear(self.width, "mlp", "width", dtype=self.dtype, name="mlp_out")(x_BSE)
+        return layer_norm("norm_out", epsilon=1e-5)(x_BSD).astype(self.dtype)
 
 
 class Turn(nn.Module):

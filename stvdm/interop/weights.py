@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sharded safetensors, one tensor at a time: read onto any mesh, written from any, and from one format to the other.
+
+    source = Weights(folder)                                        # headers alone: names, dtypes, shapes
+    mapping.agree(pairs, source.shapes)
+    params = fill(pairs, shapes, source.read, shardings=shardings)  # onto a mesh
+    write(folder, theirs(pairs, of_tree(params)), stem="diffusion_pytorch_model", dtype="bfloat16")
+
+A model of 14 B parameters is 57 GB in float32, and no host need hold more of it than its largest tensor. A parameter
+that stacks the layers of a scan is filled where it lies, on the devices, layer by layer, in place; on the way out it is
+cut into its layers there, and they come one by one. A file's header is known from shapes before its first byte of data
+is. From file to file (`ours`, and `theirs` of `of_file`) nothing is held but the tensor that is under way.
+
+Pickles are never opened.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import traverse_util
+from jax.sharding import NamedSharding, PartitionSpec
+
+from stvdm.checkpoint import on_host
+from stvdm.interop import mapping
+from stvdm.interop.mapping import Pair, Shape
+
+Tree = Any
+Part = Callable[[str, int | None], np.ndarray]  # (our path, layer) -> that layer of that parameter of ours
+
+INDEX = ".safetensors.index.json"
+SHARD_BYTES = 5_000_000_000  # what tools of the Hugging Face hub keep files below
+_LARGEST_HEADER = 100_000_000  # as in the format's own reader
+_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(jnp.bfloat16),
+    "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
+    "F8_E5M2": np.dtype(jnp.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class Place(NamedTuple):
+    """Where a tensor lies."""
+
+    file: epath.Path
+    start: int  # of its bytes in the file
+    dtype: np.dtype
+    shape: Shape
+
+
+class Weights:
+    """The tensors of a safetensors file, or of all those of a folder, of which only the headers are read at first.
+
+    Where there is an index (``*.safetensors.index.json``), its files are meant.
+
+    Raises:
+      FileNotFoundError: if there are none, or files that the index names are missing.
+      ValueError: for pickles, damaged or truncated files, a name that stands in two files, or an index that does not
+        tell what is in them.
+    """
+
+    def __init__(self, place: epath.PathLike) -> None:
+        self.places: dict[str, Place] = {}
+        source = epath.Path(place).expanduser()
+        files, index = _files_of(source)
+        for file in files:
+            for name, found in _header(file).items():
+                if name in self.places:
+                    raise ValueError(f"{file}: {name} stands in {self.places[name].file.name} too.")
+                self.places[name] = found
+        if index is not None:
+            told = json.loads(index.read_text())["weight_map"]
+            wrong = {name for name in told.keys() | self.places.keys() if not self._is_in(name, told.get(name))}
+            if wrong:
+                raise ValueError(
+                    f"{index}: of {len(told)} tensors {len(wrong)} are not where it says, e.g. {sorted(wrong)[0]}; "
+                    "copy the folder again."
+                )
+
+    def _is_in(self, name: str, file: str | None) -> bool:
+        return name in self.places and self.places[name].file.name == file
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        return {name: place.shape for name, place in self.places.items()}
+
+    def read(self, name: str, layer: int | None = None) -> np.ndarray:
+        """One tensor; with ``layer`` that entry of its first dimension, and no more is read."""
+        file, start, dtype, shape = self.places[name]
+        if layer is not None:
+            shape = shape[1:]
+            start += layer * math.prod(shape) * dtype.itemsize
+        with file.open("rb") as opened:
+            opened.seek(start)
+            data = opened.read(math.prod(shape) * dtype.itemsize)
+        return np.frombuffer(data, dtype).reshape(shape)
+
+
+def fill(
+    pairs: Sequence[Pair],
+    shapes: Tree,
+    read: Callable[[str], np.ndarray],
+    *,
+    shardings: Tree | None = None,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+) -> Tree:
+    """Our parameters, of the tensors that ``read`` gives by their foreign names, one after the other.
+
+    Args:
+      pairs: of `mapping.pairs_of`; let `mapping.agree` have looked first.
+      shapes: nested dicts of anything with a ``shape``.
+      shardings: a NamedSharding for each parameter: they are made there. Each process reads all tensors and keeps of
+        each what is its own. None: in the host's memory, as numpy arrays.
+      dtype: of the parameters.
+    """
+    wanted = traverse_util.flatten_dict(shapes, sep="/")
+    placed = traverse_util.flatten_dict(shardings, sep="/") if shardings is not None else {}
+    params: dict[str, Any] = {}
+    for path, of_path in itertools.groupby(pairs, key=lambda pair: pair.ours):
+        arrays = ((pair.layer, pair.layout.to_ours(read(pair.theirs))) for pair in of_path)
+        shape = tuple(wanted[path].shape)
+        if shardings is None:
+            params[path] = _on_host(arrays, shape, dtype)
+        else:
+            params[path] = _on_devices(arrays, shape, dtype, placed[path])
+    return traverse_util.unflatten_dict(params, sep="/")
+
+
+def _on_host(arrays: Iterable[tuple[int | None, np.ndarray]], shape: Shape, dtype: jax.typing.DTypeLike) -> np.ndarray:
+    whole = np.empty(shape, dtype)
+    for layer, array in arrays:
+        whole[... if layer is None else layer] = array
+    return whole
+
+
+def _on_devices(
+    arrays: Iterable[tuple[int | None, np.ndarray]],
+    shape: Shape,
+    dtype: jax.typing.DTypeLike,
+    sharding: NamedSharding,
+) -> jax.Array:
+    whole = None
+    for layer, array in arrays:
+        if layer is None:
+            return _placed(array, dtype, sharding)
+        spec = tuple(sharding.spec) + (None,) * (len(shape) - len(sharding.spec))
+        assert spec[0] is None, f"layers are split over {spec[0]}"
+        of_layer = NamedSharding(sharding.mesh, PartitionSpec(*spec[1:]))
+        if whole is None:
+            whole = jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding)()
+        whole = _set_layer(sharding)(whole, _placed(array, dtype, of_layer), np.int32(layer))
+        jax.block_until_ready(whole)  # else the host goes on reading, and keeps what waits to be copied
+    assert whole is not None
+    return whole
+
+
+def _placed(array: np.ndarray, dtype: jax.typing.DTypeLike, sharding: NamedSharding) -> jax.Array:
+    return jax.make_array_from_callback(
+        array.shape, sharding, lambda index: np.ascontiguousarray(array[index], dtype=dtype)
+    )
+
+
+@functools.cache
+def _set_layer(sharding: NamedSharding) -> Callable[[jax.Array, jax.Array, np.int32], jax.Array]:
+    """(whole, part, layer) -> whole with that layer, in the same memory."""
+    update = functools.partial(jax.lax.dynamic_update_index_in_dim, axis=0)
+    return jax.jit(update, donate_argnums=0, out_shardings=sharding)
+
+
+class Tensor(NamedTuple):
+    """What is to be written: its parts one after the other make the whole, in C order."""
+
+    name: str
+    shape: Shape
+    parts: Callable[[], Iterable[np.ndarray]]
+
+
+def of_tree(params: Tree) -> Part:
+    """Parts of our parameters, wherever they lie; where several processes hold them, all ask together."""
+    flat = traverse_util.flatten_dict(params, sep="/")
+    return lambda path, layer: on_host(flat[path] if layer is None else flat[path][layer])
+
+
+def of_file(source: Weights, prefix: str = "") -> Part:
+    """Parts of our parameters in a file under our names, each behind ``prefix``."""
+    return lambda path, layer: source.read(prefix + path, layer)
+
+
+def theirs(pairs: Sequence[Pair], part: Part) -> list[Tensor]:
+    """The foreign tensors of our parameters, for `write`."""
+
+    def one(pair: Pair) -> Tensor:
+        return Tensor(pair.theirs, pair.shape, lambda: [pair.layout.to_theirs(part(pair.ours, pair.layer))])
+
+    return [one(pair) for pair in pairs]
+
+
+def ours(pairs: Sequence[Pair], shapes: Tree, read: Callable[[str], np.ndarray], prefix: str = "") -> list[Tensor]:
+    """Our parameters, under our names behind ``prefix``, of foreign tensors, for `write`; layers come one by one."""
+    wanted = traverse_util.flatten_dict(shapes, sep="/")
+
+    def one(path: str, of_path: list[Pair]) -> Tensor:
+        def parts() -> Iterator[np.ndarray]:
+            for pair in of_path:
+                yield pair.layout.to_ours(read(pair.theirs))
+
+        return Tensor(prefix + path, tuple(wanted[path].shape), parts)
+
+    return [one(path, list(of_path)) for path, of_path in itertools.groupby(pairs, key=lambda pair: pair.ours)]
+
+
+def write(
+    folder: epath.PathLike,
+    tensors: Sequence[Tensor],
+    *,
+    stem: str = "model",
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    shard_bytes: int = SHARD_BYTES,
+) -> dict[str, str]:
+    """Writes safetensors, STEM.safetensors or, beyond ``shard_bytes``, STEM-00001-of-00007.safetensors and an index.
+
+    All processes call it together: parts are asked for on all, and process 0 writes.
+
+    Returns:
+      The SHA-256 of each file by its name; on other processes of none.
+
+    Raises:
+      ValueError: if two tensors have one name, or the dtype is none that the format knows.
+    """
+    target, kind = epath.Path(folder).expanduser(), np.dtype(dtype)
+    names = [tensor.name for tensor in tensors]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"{sorted(twice)}: expected each name once.")
+    if kind not in _NAMES:
+        raise ValueError(f"dtype={kind}: safetensors knows {', '.join(map(str, _NAMES))}.")
+    shards: list[list[Tensor]] = [[]]
+    filled = 0
+    for tensor in sorted(tensors):
+        size = math.prod(tensor.shape) * kind.itemsize
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += size
+    one = len(shards) == 1
+    files = [
+        f"{stem}.safetensors" if one else f"{stem}-{i + 1:05}-of-{len(shards):05}.safetensors"
+        for i in range(len(shards))
+    ]
+    digests = {file: _write_file(target / file, shard, kind) for file, shard in zip(files, shards, strict=True)}
+    if jax.process_index() != 0:
+        return {}
+    if not one:
+        total = sum(math.prod(tensor.shape) for tensor in tensors) * kind.itemsize
+        where = {tensor.name: file for file, shard in zip(files, shards, strict=True) for tensor in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        (target / f"{stem}{INDEX}").write_text(json.dumps(index, indent=2) + "\n")
+    return digests
+
+
+def _write_file(path: epath.Path, tensors: Sequence[Tensor], dtype: np.dtype) -> str:
+    """Header, then each tensor's parts; under another name until all is there."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files that do not say it
+    end = 0
+    for tensor in tensors:
+        start, end = end, end + math.prod(tensor.shape) * dtype.itemsize
+        header[tensor.name] = {"dtype": _NAMES[dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    told = json.dumps(header, separators=(",", ":")).encode()
+    told += b" " * (-len(told) % 8)  # so that data is aligned
+    chunks: Iterator[bytes | memoryview] = itertools.chain(
+        [len(told).to_bytes(8, "little"), told],
+        (_bytes(array, dtype) for tensor in tensors for array in tensor.parts()),
+    )
+    if jax.process_index() != 0:
+        for _ in chunks:  # the others take part in gathering
+            pass
+        return ""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial, digest, size = path.parent / f"{path.name}.partial", hashlib.sha256(), 0
+    with partial.open("wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+            digest.update(chunk)
+            size += len(chunk)
+    assert size == 8 + len(told) + end, f"{path}: the parts of a tensor are not its whole"
+    partial.replace(path)
+    return digest.hexdigest()
+
+
+def _bytes(array: np.ndarray, dtype: np.dtype) -> memoryview:
+    return np.ascontiguousarray(array, dtype=dtype).reshape(-1).view(np.uint8).data
+
+
+def _files_of(source: epath.Path) -> tuple[list[epath.Path], epath.Path | None]:
+    """The files that are meant, and the index that says so."""
+    if source.is_dir():
+        indices = sorted(source.glob(f"*{INDEX}"))
+        if len(indices) > 1:
+            raise ValueError(f"{source}: {len(indices)} indices, of {', '.join(p.name for p in indices)}; leave one.")
+        if indices:
+            named = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
+            missing = [name for name in named if not (source / name).exists()]
+            if missing:
+                raise FileNotFoundError(f"{indices[0]}: of {len(named)} files are missing {', '.join(missing)}.")
+            return [source / name for name in named], indices[0]
+    return mapping.files_of(source), None
+
+
+def _header(file: epath.Path) -> dict[str, Place]:
+    size = file.stat().length
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        told = opened.read(length) if length <= min(_LARGEST_HEADER, size) else b""
+    try:
+        header = json.loads(told)
+        header.pop("__metadata__", None)
+        places = {
+            name: Place(file, 8 + length + leaf["data_offsets"][0], _DTYPES[leaf["dtype"]], tuple(leaf["shape"]))
+            for name, leaf in header.items()
+        }
+        ends = [8 + length + leaf["data_offsets"][1] for leaf in header.values()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file}: its header can't be read ({error!r}); copy it again.") from error
+    if size != max(ends, default=8 + length):
+        raise ValueError(f"{file}: {size:,} bytes, expected {max(ends, default=8 + length):,}; copy it again.")
+    return places
