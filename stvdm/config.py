@@ -73,10 +73,14 @@ def dit() -> ConfigDict:
         matmul="",  # 'int8' or 'fp8': those of the layers in eight bits, by Qwix (extra 'quantized')
     )
     config.text = _section(
-        words=(),  # vocabulary; empty: collected from the training captions when the run starts
-        max_tokens=32,  # S, words of a caption that are read
-        width=128,  # E
-        num_layers=2,
+        tower="",  # folder or hub's OWNER/NAME of a published T5, UMT5 or CLIP that reads the captions, frozen; without
+        # one they are read by a small encoder that trains along
+        tower_dtype="bfloat16",  # of its weights and products
+        padding="masked",  # what stands behind its text: 'masked' is not looked at, 'zeros' are, as in Wan
+        words=(),  # vocabulary of the small one; empty: collected from the training captions when the run starts
+        max_tokens=32,  # S, words of a caption that are read; of a tower its own tokens
+        width=128,  # E; with a tower that tower's
+        num_layers=2,  # of the small encoder
         num_heads=4,
     )
     config.flow = _section(
@@ -384,12 +388,16 @@ def _dit_problems(config: ConfigDict) -> Iterator[str]:
         yield f"sample.guidance_rescale={config.sample.guidance_rescale}: expected 0 <= share <= 1."
     yield from _choice("model.network", model.network, ("dit", "unet"))
     yield from _unet_problems(model) if model.network == "unet" else _transformer_problems(model)
-    if config.text.width % (2 * config.text.num_heads):
-        yield (
-            f"text.width={config.text.width}: expected a multiple of 2 * text.num_heads={2 * config.text.num_heads}; "
-            "rotary positions need an even head width."
-        )
-    split = [("model.num_heads", model.num_heads), ("text.num_heads", config.text.num_heads)]
+    yield from _choice("text.padding", config.text.padding, ("masked", "zeros"))
+    yield from _choice("text.tower_dtype", config.text.tower_dtype, ("float32", "bfloat16"))
+    split = [("model.num_heads", model.num_heads)]
+    if not config.text.tower:
+        split.append(("text.num_heads", config.text.num_heads))
+        if config.text.width % (2 * config.text.num_heads):
+            yield (
+                f"text.width={config.text.width}: expected a multiple of 2 * text.num_heads="
+                f"{2 * config.text.num_heads}; rotary positions need an even head width."
+            )
     if model.network == "dit":
         split.append(("model.mlp_width", model.mlp_width))
     for where, size in split:
@@ -449,7 +457,11 @@ def _without_effect(config: ConfigDict) -> Iterator[str]:
         if model.grouping == "frame" and any(model.temporal_down):
             yield f"model.temporal_down={tuple(model.temporal_down)} has no effect: model.grouping='frame' keeps time."
         return
-    flow, sample = config.flow, config.sample
+    flow, sample, text = config.flow, config.sample, config.text
+    if text.tower and text.words:
+        yield f"text.words: {len(text.words)} words have no effect: text.tower={text.tower!r} has its own vocabulary."
+    if text.padding != "masked" and not text.tower:
+        yield f"text.padding={text.padding!r} has no effect: text.tower='', and the small encoder's padding is masked."
     if config.train_only and not config.start_from:
         yield f"train_only={config.train_only!r} without start_from: what is not trained stays as it is drawn."
     if config.data.flip and config.data.source == "latents":

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Latents computed once, so that training need not run the autoencoder: shard by shard, resumable at any moment.
+"""Latents and text computed once, so that training need run neither the autoencoder nor a tower that reads captions:
+shard by shard, resumable at any moment, by one host or by many.
 
-    source, buckets  ->  clips in a fixed order  ->  encode  ->  records.write_shard ... finish
+    source, buckets  ->  clips in a fixed order  ->  encode, read  ->  records.write_shard ... finish
 
 For each bucket, every example that fits it gives `clips_per_example` clips, their moment and crop drawn from (seed,
 example, clip). The order is fixed, so a shard is a pure function of its number, and a run that was cut short goes on
@@ -11,7 +12,7 @@ with the first shard that is missing.
     loader = make_loader(RecordSource("latents"), buckets=[(17, 64, 64, 32)], seed=0)      # batches hold "latent"
 
 `encode` takes uint8 (B, T, H, W, 3) and gives latent means (B, t, h, w, z); see `stvdm.cli` for the one that holds a
-trained model.
+trained model. Text is stored without padding: most captions are far shorter than what a tower can read.
 """
 
 import dataclasses
@@ -32,6 +33,7 @@ from stvdm.data.folder import SkipReport
 from stvdm.data.video import BadVideo
 
 Encode = Callable[[np.ndarray], np.ndarray]
+Read = Callable[[Sequence[str]], tuple[Any, np.ndarray]]  # captions -> (text_BSE, mask_BS)
 Clip = tuple[bucketing.Bucket, int, int]  # bucket, example, number of the clip among those of its example
 
 
@@ -41,6 +43,8 @@ def preprocess(
     directory: str | os.PathLike,
     *,
     buckets: Sequence[Any],
+    read: Read | None = None,
+    host: tuple[int, int] = (0, 1),
     seed: int = 0,
     batch_size: int = 16,
     examples_per_shard: int = 512,
@@ -59,6 +63,9 @@ def preprocess(
       source: of videos.
       directory: new, or one in which this very call was cut short.
       buckets: the clip shapes to write; see `stvdm.data.buckets`. Their batch sizes and weights play no part.
+      read: captions -> (text_BSE, mask_BS), e.g. a `towers.Reader`; what is real of it is stored as "text". None: none.
+      host: (i, n): this is host i of n that write to one directory, and makes every n-th shard. Whichever finds all
+        shards made writes the metadata; the others return {}.
       seed: of moments and crops.
       batch_size: clips a call of `encode`.
       examples_per_shard: clips a shard, which is what is lost when the run is cut short.
@@ -73,6 +80,8 @@ def preprocess(
     """
     if dtype not in ("float16", "float32"):
         raise ValueError(f"dtype={dtype!r}: expected 'float16' or 'float32', so choose one of them")
+    if not 0 <= host[0] < host[1]:
+        raise ValueError(f"host={host}: expected (i, n) with 0 <= i < n, so count hosts from 0")
     if "://" in str(directory):
         raise ValueError(
             f"directory={str(directory)!r}: expected a folder, as shards are written and read as files; mount the "
@@ -99,13 +108,15 @@ def preprocess(
     num_shards = math.ceil(len(clips) / examples_per_shard)
     finished = records.finished_shards(directory, job=job)
     with ThreadPoolExecutor(num_threads) as pool:
-        for shard in range(num_shards):
+        for shard in range(host[0], num_shards, host[1]):
             chosen = clips[shard * examples_per_shard : (shard + 1) * examples_per_shard]
             if shard not in finished:
                 skipped: dict[str, str] = {}
-                latents = _encoded(encode, source, chosen, seed, batch_size, dtype, pool, skipped)
+                latents = _encoded(encode, read, source, chosen, seed, batch_size, dtype, pool, skipped)
                 records.write_shard(directory, shard, latents, job=job, skipped=skipped)
             on_progress(shard * examples_per_shard + len(chosen), len(clips))
+    if len(records.finished_shards(directory, job=job)) < num_shards:
+        return {}  # other hosts are still at work
     report = getattr(source, "report", SkipReport(num_found=len(source))).to_json()
     said = {**(about or {}), "source": source.fingerprint, "source_report": report, "seed": seed, "dtype": dtype}
     return records.finish(directory, num_shards=num_shards, about=said)
@@ -113,6 +124,7 @@ def preprocess(
 
 def _encoded(
     encode: Encode,
+    read: Read | None,
     source: loader.Source,
     clips: Sequence[Clip],
     seed: int,
@@ -123,7 +135,7 @@ def _encoded(
 ) -> Iterator[dict[str, Any]]:
     """Latent examples of one shard; while a batch is encoded the next one is read."""
 
-    def read(clip: Clip) -> dict[str, Any] | BadVideo:
+    def load(clip: Clip) -> dict[str, Any] | BadVideo:
         bucket, example, number = clip
         rng = np.random.default_rng([seed, *bucket.shape, example, number])
         try:
@@ -133,9 +145,9 @@ def _encoded(
 
     groups = [list(group) for _, group in itertools.groupby(clips, key=lambda clip: clip[0])]
     batches = [group[k : k + batch_size] for group in groups for k in range(0, len(group), batch_size)]
-    ahead = [pool.submit(read, clip) for clip in batches[0]]
+    ahead = [pool.submit(load, clip) for clip in batches[0]]
     for following in [*batches[1:], []]:
-        current, ahead = ahead, [pool.submit(read, clip) for clip in following]
+        current, ahead = ahead, [pool.submit(load, clip) for clip in following]
         examples = []
         for result in (future.result() for future in current):
             if isinstance(result, BadVideo):  # counted and named, and the rest goes on
@@ -143,21 +155,28 @@ def _encoded(
             else:
                 examples.append(result)
         if examples:
-            yield from _encode_batch(encode, examples, batch_size, dtype)
+            yield from _encode_batch(encode, read, examples, batch_size, dtype)
 
 
 def _encode_batch(
-    encode: Encode, batch: Sequence[dict[str, Any]], batch_size: int, dtype: str
+    encode: Encode, read: Read | None, batch: Sequence[dict[str, Any]], batch_size: int, dtype: str
 ) -> Iterator[dict[str, Any]]:
-    filled = [example["video"] for example in batch]
-    filled += [filled[-1]] * (batch_size - len(filled))
-    latents = np.asarray(encode(np.stack(filled)), np.float32)
-    for example, latent in zip(batch, latents[: len(batch)], strict=True):
-        with np.errstate(over="ignore"):  # told below, with what to do
-            stored = latent.astype(dtype)
-        if not np.isfinite(stored).all():
-            raise ValueError(
-                f"latent of {example['caption']!r}: not finite as {dtype} (largest {np.abs(latent).max():.3g}), so use "
-                "dtype='float32' or look at the autoencoder"
-            )
-        yield {"latent": stored, "shape": list(example["video"].shape[:3]), "caption": example["caption"]}
+    filled = [*batch, *[batch[-1]] * (batch_size - len(batch))]
+    latents = np.asarray(encode(np.stack([example["video"] for example in filled])), np.float32)
+    texts: list[dict[str, np.ndarray]] = [{}] * len(batch)
+    if read is not None:
+        text_BSE, mask_BS = read([example["caption"] for example in filled])
+        real = zip(np.asarray(text_BSE, np.float32)[: len(batch)], mask_BS, strict=False)
+        texts = [{"text": text_SE[mask_S]} for text_SE, mask_S in real]
+    for example, latent, text in zip(batch, latents[: len(batch)], texts, strict=True):
+        stored = {}
+        for name, value in {"latent": latent, **text}.items():
+            with np.errstate(over="ignore"):  # told below, with what to do
+                stored[name] = value.astype(dtype)
+            if not np.isfinite(stored[name]).all():
+                maker = "the autoencoder" if name == "latent" else "the tower"
+                raise ValueError(
+                    f"{name} of {example['caption']!r}: not finite as {dtype} (largest {np.abs(value).max():.3g}), so "
+                    f"use dtype='float32' or look at {maker}"
+                )
+        yield {**stored, "shape": list(example["video"].shape[:3]), "caption": example["caption"]}

@@ -147,3 +147,25 @@ def failure(capsys):
         return captured.err
 
     return said
+
+
+@pytest.fixture(scope="session")
+def tower(tmp_path_factory):
+    """The folder of a small published tower: CLIP's for text, as diffusers keeps it, every weight random."""
+    import json
+
+    import foreign
+    from safetensors.numpy import save_file
+
+    config = {**foreign.CLIP["text_config"], "model_type": "clip_text_model", "max_position_embeddings": 96}
+    shapes = {
+        name: shape for name, shape in foreign.golden()["clip"]["shapes"].items() if name.startswith("text_model")
+    }
+    shapes["text_model.embeddings.position_embedding.weight"] = [96, config["hidden_size"]]
+    folder = tmp_path_factory.mktemp("tower")
+    save_file(foreign.weights(shapes), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    vocabulary, merges = foreign.byte_pairs()
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("\n".join(map(" ".join, merges)))
+    return folder

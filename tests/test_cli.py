@@ -14,7 +14,7 @@ from stvdm import cli
 def test_a_refusal_of_the_library_is_one_line_and_status_2(stand_in, failure):
     class Pipeline:
         @staticmethod
-        def load(checkpoint):
+        def load(checkpoint, tower=None):
             raise FileNotFoundError(f"checkpoint={checkpoint}: expected a folder")
 
     stand_in("stvdm.sampling.pipeline", Pipeline=Pipeline)

@@ -29,12 +29,17 @@ LADDER = """
     models.text_encoders
     models.tokenizers
     models.transformer
+    models.t5
     models.clip
     models.videomae
     models.i3d
     models.lpips
     models.critics
     models.video_features
+    interop.mapping
+    interop.weights
+    interop.wan
+    interop.towers
     diffusion.flow
     diffusion.schedules
     diffusion.guidance
@@ -53,10 +58,6 @@ LADDER = """
     sampling.pipeline
     sampling.inspection
     sampling.attention_page
-    interop.mapping
-    interop.weights
-    interop.wan
-    interop.towers
     interop.diffusers
     evaluation.result_file
     evaluation.comparison

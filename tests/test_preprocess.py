@@ -105,3 +105,36 @@ def test_several_clips_of_each_example_differ(tmp_path):
         run(tmp_path / "b", Encoder(), source)
     with pytest.raises(ValueError, match="dtype='int8': expected"):
         run(tmp_path / "b", Encoder(), dtype="int8")
+
+
+def read(captions):
+    """As a tower: a caption of n letters is n real tokens, each the letter's number."""
+    text_BSE, mask_BS = np.full((len(captions), 200, 2), -1.0), np.zeros((len(captions), 200), bool)
+    for text_SE, mask_S, caption in zip(text_BSE, mask_BS, captions, strict=True):
+        text_SE[: len(caption)] = np.frombuffer(caption.encode(), np.uint8)[:, None]
+        mask_S[: len(caption)] = True
+    return text_BSE, mask_BS
+
+
+def test_text_lies_beside_latents_without_its_padding(tmp_path):
+    metadata = run(tmp_path, Encoder(), read=read)
+    assert metadata["schema"]["text"] == {"dtype": "float32", "ndim": 2}
+    source = RecordSource(tmp_path)
+    for k in range(14):
+        example = source.read(k)
+        assert bytes(example["text"][:, 1].astype(np.uint8)).decode() == example["caption"]
+    batch = next(make_loader(source, buckets=[(5, 16, 16, 4)], seed=0, num_workers=1))
+    assert [len(text) for text in batch["text"]] == [len(caption) for caption in batch["caption"]]
+    with pytest.raises(ValueError, match=r"text of .*: not finite as float16 .* or look at the tower"):
+        run(tmp_path / "b", Encoder(), read=lambda c: (read(c)[0] * 1e6, read(c)[1]), dtype="float16")
+
+
+def test_several_hosts_write_what_one_writes(tmp_path):
+    whole = run(tmp_path / "whole", Encoder(), read=read)
+    encoders = [Encoder(), Encoder()]
+    assert run(tmp_path / "parts", encoders[0], read=read, host=(0, 2)) == {}
+    assert run(tmp_path / "parts", encoders[1], read=read, host=(1, 2)) == whole
+    assert run(tmp_path / "parts", Encoder(die_at=1), read=read, host=(0, 2)) == whole  # nothing is left to do
+    assert 0 < encoders[1].calls < encoders[0].calls
+    with pytest.raises(ValueError, match=r"host=\(2, 2\): expected \(i, n\) with 0 <= i < n"):
+        run(tmp_path / "parts", Encoder(), host=(2, 2))

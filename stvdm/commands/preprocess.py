@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import re
 from typing import Any
 
 from stvdm.commands import parts
@@ -13,11 +14,19 @@ def add(commands: Any) -> None:
         commands,
         "preprocess",
         run,
-        "compute the latents of a data set once",
+        "compute the latents of a data set once, and what a tower makes of its captions",
         "stvdm preprocess --config=configs/autoencoder_kinetic.py --checkpoint=runs/autoencoder --out=runs/latents",
-        "Then train on them with --config.data.source=latents --config.data.path=DIR.",
+        "Then train on them with --config.data.source=latents --config.data.path=DIR. With the config of a DiT whose "
+        "text.tower names a published tower, its text is stored beside the latents.",
     )
     parts.add_config(command)
+    command.add_argument(
+        "--host",
+        type=_host,
+        default=(0, 1),
+        metavar="I/N",
+        help="this is host I, from 0, of N that write to one folder, each its share of the shards",
+    )
     command.add_argument("--checkpoint", metavar="DIR", help="the trained autoencoder (default: the config's)")
     command.add_argument("--out", required=True, metavar="DIR", help="folder of the latents")
     command.add_argument(
@@ -45,10 +54,15 @@ def run(args: argparse.Namespace) -> None:
 
     from stvdm import checkpoint, preprocess
     from stvdm.data import loader
+    from stvdm.interop import towers
     from stvdm.sampling import pipeline
 
     params, description = checkpoint.load_model(pipeline.model_folder(folder))
     autoencoder = pipeline.autoencoder_of(description["autoencoder"])
+    made_by = {"autoencoder": description["sha256"]}
+    tower = pipeline.reader_of(config.to_dict()) if config.kind == "dit" else None
+    if tower is not None:
+        made_by["text"] = towers.identity(config.text.tower, max_tokens=config.text.max_tokens)
 
     @jax.jit
     def encode(params: Any, video_BTHWC: Any) -> Any:
@@ -63,8 +77,18 @@ def run(args: argparse.Namespace) -> None:
             args.out,
             buckets=data.buckets,
             seed=config.seed,
+            read=None if tower is None else tower.on().__call__,
+            host=args.host,
             batch_size=args.batch,
-            about={"autoencoder": description["sha256"]},
+            about=made_by,
             on_progress=lambda done, total: show(f"encoding {done}/{total}", over=done == total),
         )
     print(json.dumps(about, indent=2, default=parts.plain))
+
+
+def _host(text: str) -> tuple[int, int]:
+    numbers = re.fullmatch(r"(\d+)/(\d+)", text)
+    host = (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
+    if host[0] >= host[1]:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected I/N with I from 0 to N - 1, e.g. 0/4")
+    return host

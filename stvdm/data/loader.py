@@ -272,7 +272,7 @@ class Loader:
         if (
             self._num_workers
         ):  # out of the memory shared with the worker, which is unmapped under whoever still holds it at exit
-            batch = {key: np.array(value) if isinstance(value, np.ndarray) else value for key, value in batch.items()}
+            batch = {key: _copied(value) for key, value in batch.items()}
         self.step += 1
         return batch
 
@@ -471,7 +471,7 @@ def read_clip(
     num_frames, height, width = bucket.shape
     example = source.read(index, num_frames=num_frames, height=height, width=width, rng=rng)
     if source.kind == "latent":
-        return {"latent": example["latent"], "caption": example["caption"]}
+        return {name: example[name] for name in ("latent", "caption", "text") if name in example}
     video = transforms.choose_clip(example["video"], num_frames, rng=rng)
     video = transforms.resize_and_crop(video, height, width, position=(rng.uniform(), rng.uniform()))
     if flip and rng.random() < 0.5:
@@ -532,9 +532,17 @@ def _stack(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         key: np.stack([example[key] for example in examples]) for key in ("video", "latent") if key in examples[0]
     }
     batch["caption"] = [example["caption"] for example in examples]
+    if "text" in examples[0]:
+        batch["text"] = [example["text"] for example in examples]  # each as long as its caption
     batch["index"] = np.asarray([example["index"] for example in examples], np.int64)
     batch["replaced"] = [pair for example in examples for pair in example["replaced"]]
     return batch
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_copied(one) for one in value]
+    return np.array(value) if isinstance(value, np.ndarray) else value
 
 
 def _digest(*parts: Any) -> str:

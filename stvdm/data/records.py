@@ -185,14 +185,15 @@ class RecordSource:
         return len(self.shapes)
 
     def read(self, index: int, **unused: Any) -> dict[str, Any]:
-        """The whole example, "video" uint8 or "latent" float32 and the rest; a damaged one raises BadVideo."""
+        """The whole example: "video" uint8, or "latent", "text" float32, and the rest; BadVideo if it is damaged."""
         try:
             example = decode(self._records[index])
         except Exception as error:  # array_record and msgpack raise what they like
             raise BadVideo(f"damaged record: {error}", f"{self.path}[{index}]") from error
-        if "latent" in example:
-            example["latent"] = example["latent"].astype(np.float32)
-        return example
+        floats: dict[str, Any] = {
+            name: example[name].astype(np.float32) for name in ("latent", "text") if name in example
+        }
+        return {**example, **floats}
 
     def caption(self, index: int) -> str:
         if not self._captions:  # of all shards at once: decoding whole latents for their captions would take hours

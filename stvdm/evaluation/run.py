@@ -277,13 +277,13 @@ def flow_loss(
     for start in range(0, len(latents), batch):
         latent = _filled(latents[start : start + batch], batch)
         num = min(batch, len(latents) - start)
-        tokens, mask = pipeline.tokenizer([*prompts[start : start + num], *[""] * (batch - num)])
+        tokens, mask = pipeline.words([*prompts[start : start + num], *[""] * (batch - num)])
         clip_B = start + np.arange(batch)
         for number, time in enumerate(LOSS_TIMES):
             draw_B, time_B = clip_B * len(LOSS_TIMES) + number, np.full(batch, time, np.float32)
             error_B = _velocity_error(
                 pipeline.models,
-                {name: pipeline.params[name] for name in ("dit", "text")},
+                pipeline.networks,
                 latent,
                 tokens,
                 mask,

@@ -133,8 +133,8 @@ def agree(pairs: Sequence[Pair], found: Mapping[str, Shape], *, ignored: str = "
         )
 
 
-def into(shapes: Tree, source: Mapping[str, np.ndarray], rules: Rules) -> Tree:
-    """The tensors of ``source`` as a tree of float32 arrays, of the names and shapes of ``shapes``.
+def into(shapes: Tree, source: Mapping[str, np.ndarray], rules: Rules, *, dtype: Any = np.float32) -> Tree:
+    """The tensors of ``source`` as a tree of arrays in ``dtype``, of the names and shapes of ``shapes``.
 
     Args:
       shapes: nested dicts of anything with a ``shape``, e.g. of `jax.eval_shape`.
@@ -164,7 +164,7 @@ def into(shapes: Tree, source: Mapping[str, np.ndarray], rules: Rules) -> Tree:
             elif path in found:
                 problems.append(f"{name}: {path} has {came_from[path]} already")
             else:
-                found[path], came_from[path] = value.astype(np.float32), name
+                found[path], came_from[path] = value.astype(dtype, copy=False), name
     problems += [f"{path}: nothing fills it" for path in wanted if path not in found and path not in doubtful]
     if problems:
         more = [f"and {len(problems) - 12} more"] if len(problems) > 12 else []
@@ -202,7 +202,7 @@ def folder_of(place: epath.PathLike) -> epath.Path:
             "pip install huggingface_hub"
         ) from error
     return epath.Path(
-        huggingface_hub.snapshot_download(str(place), allow_patterns=["*.safetensors", "*.json", "*.txt"])
+        huggingface_hub.snapshot_download(str(place), allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"])
     )
 
 

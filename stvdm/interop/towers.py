@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published networks that judge images and clips, built and filled from the weights that their authors gave out.
+"""Published networks that read text or judge images and clips, built and filled from the weights that their authors
+gave out.
 
+    model, params, tokenizer = towers.t5("google/umt5-xxl")
     model, params, tokenizer = towers.clip("openai/clip-vit-base-patch32")
     model, params = towers.videomae("MCG-NJU/videomae-base-finetuned-ssv2")
     model, params = towers.i3d("i3d")
@@ -13,8 +15,10 @@ what does not fit.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -23,11 +27,13 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from stvdm import checkpoint, sharding
 from stvdm.interop import mapping
 from stvdm.models.clip import CLIP, ImageTower, TextTower
 from stvdm.models.i3d import I3D
 from stvdm.models.lpips import ALEX, LPIPS, POOLS, VGG16
-from stvdm.models.tokenizers import BytePairTokenizer
+from stvdm.models.t5 import T5
+from stvdm.models.tokenizers import BytePairTokenizer, PieceTokenizer
 from stvdm.models.videomae import VideoMAE
 
 Tree = Any
@@ -64,6 +70,26 @@ def clip(place: epath.PathLike) -> Clip:
         folder, max_tokens=model.text.max_tokens, pad=0 if pad == 0 else None
     )  # OpenAI's config says 1, which it does not pad with
     return Clip(model, params, tokenizer)
+
+
+def clip_text(place: epath.PathLike, *, max_tokens: int = 77, dtype: str = "float32") -> Reader:
+    """CLIP's text tower alone, from a ``CLIPModel``, ``CLIPTextModel`` or ``CLIPTextModelWithProjection``.
+
+    Raises:
+      ValueError: for weights of another network, pickles, or more tokens than it has positions for.
+      FileNotFoundError: if weights or the tokenizer's files are not there.
+    """
+    folder = mapping.folder_of(place)
+    config = mapping.settings(folder)
+    text = config.get("text_config") or config
+    model = clip_of({"text_config": text}).text.clone(embedding=None, dtype=dtype)
+    if max_tokens > model.max_tokens:
+        raise ValueError(f"max_tokens={max_tokens}: {place} reads at most {model.max_tokens}; use that, or fewer.")
+    shapes = _shapes(model, jnp.zeros((1, 2), int))
+    params = mapping.into(shapes, mapping.read(folder), CLIP_TEXT_RULES, dtype=jnp.dtype(dtype))
+    words = next((place for place in (folder, folder.parent / "tokenizer") if (place / "vocab.json").exists()), folder)
+    pad = 0 if text.get("pad_token_id") == 0 else None
+    return Reader(model, params, BytePairTokenizer.read(words, max_tokens=max_tokens, pad=pad))
 
 
 def clip_of(config: Mapping[str, Any]) -> CLIP:
@@ -137,6 +163,196 @@ CLIP_RULES: mapping.Rules = (
     *_clip_layers("vision_model", "image"),
     (r"vision_model\.post_layernorm\.(\w+)", r"image/norm/\1"),
     (r"visual_projection\.(\w+)", r"image/projection/\1"),
+)
+
+
+CLIP_TEXT_RULES: mapping.Rules = (
+    *(
+        (theirs, ours.removeprefix("text/"))
+        for theirs, ours in CLIP_RULES
+        if ours.startswith("text/") and "projection" not in ours
+    ),
+    (r"(text_projection|vision_model|visual_projection|logit_scale)\b.*", ""),
+)
+
+
+class Reader(NamedTuple):
+    """A tower that reads captions for a generator, with its weights and its tokenizer.
+
+    reader = towers.reader("google/umt5-xxl")
+    text_BSE, mask_BS = reader(["a red ball bounces to the right"])
+    """
+
+    model: T5 | TextTower
+    params: Tree
+    tokenizer: PieceTokenizer | BytePairTokenizer
+    known: Mapping[str, np.ndarray] = {}  # what it has read before: caption -> text_SE
+
+    def __call__(self, captions: Sequence[str]) -> tuple[jax.Array | np.ndarray, np.ndarray]:
+        """(text_BSE, mask_BS): states of the last layer, zero at padding; the mask is True where there is none."""
+        tokens_BS, mask_BS = self.tokenizer(captions)
+        if all(caption in self.known for caption in captions):
+            return np.stack([self.known[caption] for caption in captions]), mask_BS
+        if self.params is None:
+            raise ValueError(f"this tower has let go of its weights, and knows but {', '.join(map(repr, self.known))}.")
+        return read(self.model, self.params, tokens_BS, mask_BS), mask_BS
+
+    def on(self, mesh: jax.sharding.Mesh | None = None) -> Reader:
+        """The same with its weights split over a mesh, or on one device."""
+        if mesh is None:
+            return self._replace(params=jax.device_put(self.params))
+        split = sharding.shardings(_init(self.model, jnp.zeros((1, 2), int)), mesh)
+
+        def put(leaf: np.ndarray, where: jax.sharding.NamedSharding) -> jax.Array:
+            return jax.make_array_from_callback(leaf.shape, where, lambda index: leaf[index])
+
+        return self._replace(params=jax.tree.map(put, self.params, split))
+
+    def only(self, captions: Sequence[str]) -> Reader:
+        """The same that knows these captions, and no longer has its weights."""
+        texts = [checkpoint.on_host(self([caption])[0])[0] for caption in captions]
+        return self._replace(params=None, known=dict(zip(captions, texts, strict=True)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def read(model: T5 | TextTower, params: Tree, tokens_BS: jax.Array, mask_BS: jax.Array) -> jax.Array:
+    """text_BSE of tokens, float32: states of the last layer, zero at padding."""
+    return model.apply({"params": params}, tokens_BS, mask_BS).hidden_BND.astype(jnp.float32) * mask_BS[..., None]
+
+
+def reader(place: epath.PathLike, *, max_tokens: int, dtype: str = "float32") -> Reader:
+    """The tower of a folder or of the hub's OWNER/NAME, whatever its config.json says that it is: T5, UMT5 or CLIP.
+
+    Args:
+      max_tokens: S, to which captions are cut and padded.
+      dtype: of the weights, and of products.
+
+    Raises:
+      ValueError: if it is none of these, or reads fewer tokens.
+      FileNotFoundError: if it is not there.
+    """
+    folder = mapping.folder_of(place)
+    kind = mapping.settings(folder).get("model_type", "umt5")
+    if kind not in _READERS:
+        raise ValueError(f"{place}: a tower of model_type {kind!r}, expected one of {', '.join(_READERS)}.")
+    return _READERS[kind](folder, max_tokens=max_tokens, dtype=dtype)
+
+
+def identity(place: epath.PathLike, *, max_tokens: int) -> dict[str, Any]:
+    """What tells texts apart that a tower has read: the digest of its weights, and where it cuts captions."""
+    folder = mapping.folder_of(place)
+    files = [folder] if folder.is_file() else sorted(folder.glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as opened:
+            while chunk := opened.read(1 << 24):
+                digest.update(chunk)
+    return {"tower": digest.hexdigest(), "max_tokens": max_tokens}
+
+
+def t5(
+    place: epath.PathLike,
+    *,
+    tokenizer: epath.PathLike | None = None,
+    max_tokens: int = 512,
+    dtype: str = "float32",
+) -> Reader:
+    """The encoder of T5 or UMT5, in transformers' layout or in that of Wan's authors.
+
+    transformers: ``T5EncoderModel``, ``UMT5EncoderModel``, or a whole T5, of which the decoder is left out; with its
+    config.json. Wan: models_t5_umt5-xxl-enc-bf16, converted to safetensors; sizes are read off the tensors.
+
+    Args:
+      place: a folder, or a file.
+      tokenizer: the folder of the tokenizer's files; None: found beside the weights, where both layouts have it.
+      max_tokens: S, to which captions are cut and padded.
+      dtype: of the weights, and of products. UMT5-XXL takes 22.7 GB in float32, and half of that in bfloat16, in which
+        it was published and Wan runs it.
+
+    Raises:
+      ValueError: for weights of another network, or pickles.
+      FileNotFoundError: if weights or the tokenizer's files are not there.
+    """
+    folder = mapping.folder_of(place)
+    source = mapping.read(folder)
+    model = t5_of(_sizes_of_t5(source) | mapping.settings(folder)).clone(dtype=dtype)
+    words, again = source.get("shared.weight"), source.get("encoder.embed_tokens.weight")
+    if words is not None and again is not None and np.array_equal(words, again):
+        del source["encoder.embed_tokens.weight"]  # some files have the table under both its names
+    params = mapping.into(t5_shapes(model), source, T5_RULES, dtype=jnp.dtype(dtype))
+    if tokenizer is None:
+        home = folder.parent if folder.is_file() else folder
+        places = (home, home.parent / "tokenizer", home / "google" / "umt5-xxl")
+        tokenizer = next((place for place in places if PieceTokenizer.is_in(place)), home)
+    return Reader(model, params, PieceTokenizer.read(tokenizer, max_tokens=max_tokens))
+
+
+def t5_of(config: Mapping[str, Any]) -> T5:
+    """The encoder of a T5's or UMT5's config.json; what is not said there is as in transformers."""
+    *gated, activation = config.get("feed_forward_proj", "relu").split("-")
+    return T5(
+        vocabulary_size=config.get("vocab_size", 32128),
+        width=config.get("d_model", 512),
+        num_layers=config.get("num_layers", 6),
+        num_heads=config.get("num_heads", 8),
+        head_width=config.get("d_kv", 64),
+        mlp_width=config.get("d_ff", 2048),
+        # "gated-gelu" has always meant the approximate one, which transformers calls "gelu_new" elsewhere.
+        activation="gelu_tanh" if (gated and activation == "gelu") or activation == "gelu_new" else activation,
+        gated=bool(gated),
+        num_buckets=config.get("relative_attention_num_buckets", 32),
+        max_distance=config.get("relative_attention_max_distance", 128),
+        tables="each" if config.get("model_type") == "umt5" else "first",
+        epsilon=config.get("layer_norm_epsilon", 1e-6),
+    )
+
+
+def t5_shapes(model: T5) -> Tree:
+    """Shapes of all its parameters."""
+    return _shapes(model, jnp.zeros((1, 2), int))
+
+
+def _sizes_of_t5(source: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """A config.json of the tensors of Wan's authors; {} of others, which have one."""
+    if "token_embedding.weight" not in source:
+        return {}
+    words, distances = source["token_embedding.weight"], source["blocks.0.pos_embedding.embedding.weight"]
+    return {
+        "model_type": "umt5",
+        "vocab_size": words.shape[0],
+        "d_model": words.shape[1],
+        "num_layers": sum(name.endswith(".norm1.weight") for name in source),
+        "num_heads": distances.shape[1],
+        "d_kv": len(source["blocks.0.attn.q.weight"]) // distances.shape[1],
+        "d_ff": len(source["blocks.0.ffn.fc1.weight"]),
+        "feed_forward_proj": "gated-gelu",
+        "relative_attention_num_buckets": distances.shape[0],
+    }
+
+
+_ATTENTION = {"q": "query", "k": "key", "v": "value", "o": "out"}
+_T5_LAYER = r"encoder\.block\.(\d+)\.layer"
+T5_RULES: mapping.Rules = (
+    (r"shared\.weight|encoder\.embed_tokens\.weight", "words"),
+    *((rf"{_T5_LAYER}\.0\.SelfAttention\.{o}\.(\w+)", rf"layer_\1/{path}/\2") for o, path in _ATTENTION.items()),
+    (rf"{_T5_LAYER}\.0\.SelfAttention\.relative_attention_bias\.weight", r"distances_\1"),
+    (rf"{_T5_LAYER}\.0\.layer_norm\.(\w+)", r"layer_\1/attention_norm/\2"),
+    (rf"{_T5_LAYER}\.1\.layer_norm\.(\w+)", r"layer_\1/mlp_norm/\2"),
+    (rf"{_T5_LAYER}\.1\.DenseReluDense\.wi_0\.(\w+)", r"layer_\1/mlp_gate/\2"),
+    (rf"{_T5_LAYER}\.1\.DenseReluDense\.(?:wi|wi_1)\.(\w+)", r"layer_\1/mlp_in/\2"),
+    (rf"{_T5_LAYER}\.1\.DenseReluDense\.wo\.(\w+)", r"layer_\1/mlp_out/\2"),
+    (r"encoder\.final_layer_norm\.(\w+)", r"norm/\1"),
+    (r"decoder\..*|lm_head\..*", ""),
+    # Wan's authors
+    (r"token_embedding\.weight", "words"),
+    *((rf"blocks\.(\d+)\.attn\.{o}\.(\w+)", rf"layer_\1/{path}/\2") for o, path in _ATTENTION.items()),
+    (r"blocks\.(\d+)\.pos_embedding\.embedding\.weight", r"distances_\1"),
+    (r"blocks\.(\d+)\.norm1\.(\w+)", r"layer_\1/attention_norm/\2"),
+    (r"blocks\.(\d+)\.norm2\.(\w+)", r"layer_\1/mlp_norm/\2"),
+    (r"blocks\.(\d+)\.ffn\.gate\.0\.(\w+)", r"layer_\1/mlp_gate/\2"),
+    (r"blocks\.(\d+)\.ffn\.fc1\.(\w+)", r"layer_\1/mlp_in/\2"),
+    (r"blocks\.(\d+)\.ffn\.fc2\.(\w+)", r"layer_\1/mlp_out/\2"),
+    (r"norm\.(\w+)", r"norm/\1"),
 )
 
 
@@ -314,10 +530,18 @@ LPIPS_RULES: mapping.Rules = (
 )
 
 
+_READERS = {"t5": t5, "umt5": t5, "clip": clip_text, "clip_text_model": clip_text}
+
+
 def num_parameters(shapes: Tree) -> int:
     """How many values a tree of shapes holds."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes))
 
 
 def _shapes(model: nn.Module, *inputs: jax.Array, **options: Any) -> Tree:
-    return nn.unbox(jax.eval_shape(lambda: model.init(jax.random.key(0), *inputs, **options)["params"]))
+    return nn.unbox(_init(model, *inputs, **options))
+
+
+def _init(model: nn.Module, *inputs: jax.Array, **options: Any) -> Tree:
+    """Shapes of all its parameters, with the logical names of their dimensions."""
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), *inputs, **options)["params"])

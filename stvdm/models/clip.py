@@ -55,7 +55,7 @@ class TextTower(nn.Module):
     num_layers: int = 12
     num_heads: int = 8
     mlp_width: int = 2048
-    embedding: int = 512  # width of the shared space
+    embedding: int | None = 512  # width of the shared space; None: not led there, as where generators read
     end_token: int = 49407
     activation: str = "quick_gelu"
     epsilon: float = 1e-5
@@ -84,7 +84,8 @@ class TextTower(nn.Module):
         hidden_BSD = norm("norm", self.epsilon)(layers[-1])
         end_B = jnp.argmax(tokens_BS == self.end_token, axis=1)
         at_end_BD = jnp.take_along_axis(hidden_BSD, end_B[:, None, None], axis=1)[:, 0]
-        return Seen(_projection(self.embedding)(at_end_BD), hidden_BSD, layers)
+        embedding_BE = at_end_BD if self.embedding is None else _projection(self.embedding)(at_end_BD)
+        return Seen(embedding_BE, hidden_BSD, layers)
 
 
 class ImageTower(nn.Module):

@@ -1,24 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CLIP's tokenizer: byte-level pair encoding (Sennrich et al. 2016, arXiv:1508.07909), from its two published files.
+"""Tokenizers of published towers, from the files that lie beside their weights.
+
+    tokenizer = BytePairTokenizer.read("clip-vit-base-patch32")       # a folder with vocab.json and merges.txt
+    tokenizer = PieceTokenizer.read("umt5-xxl", max_tokens=512)       # with tokenizer.json or spiece.model
+    tokens_BS, mask_BS = tokenizer(["a red ball bounces to the right", ""])
+
+**CLIP**: byte-level pair encoding (Sennrich et al. 2016, arXiv:1508.07909).
 
     words -> bytes, each written as one letter, the last with "</w>" -> the pair that was merged first in training is
     joined, until no pair is in the list
 
-    tokenizer = BytePairTokenizer.read("clip-vit-base-patch32")       # a folder with vocab.json and merges.txt
-    tokens_BS, mask_BS = tokenizer(["a red ball bounces to the right", ""])
-
 Text is put into Unicode's form NFC and lower case, white space becomes one blank, as in transformers' CLIPTokenizer.
 (OpenAI's own also mends broken encodings and HTML by a package of its own; that changes few captions.)
+
+**T5 and UMT5**: the likeliest pieces under a unigram model (Kudo 2018, arXiv:1804.10959). Its files are read by the
+packages that they were written for, `tokenizers` or `sentencepiece` (extra ``text``).
 """
 
 from __future__ import annotations
 
 import functools
+import html
 import itertools
 import json
 import unicodedata
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from etils import epath
@@ -103,24 +110,11 @@ class BytePairTokenizer:
 
     def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """(tokens_BS int32, mask_BS bool): padded to max_tokens, the mask True from the start to the end."""
-        tokens_BS = np.full((len(captions), self.max_tokens), self.pad, np.int32)
-        mask_BS = np.zeros(tokens_BS.shape, bool)
-        for row, mask, caption in zip(tokens_BS, mask_BS, captions, strict=True):
-            pieces = self.numbers(caption)
-            if len(pieces) > self.max_tokens - 2 and not self._warned:
-                self._warned = True
-                warnings.warn(self.problem(caption) + " Only the first are read.", stacklevel=2)
-            numbers = [self.start, *pieces[: self.max_tokens - 2], self.end]
-            row[: len(numbers)] = numbers
-            mask[: len(numbers)] = True
-        return tokens_BS, mask_BS
+        return _filled(self, captions, (self.start,))
 
     def problem(self, caption: str) -> str:
         """Why a caption is not read to its end; "" if it is."""
-        num_tokens = 2 + len(self.numbers(caption))
-        if num_tokens > self.max_tokens:
-            return f"prompt {caption!r}: {num_tokens} tokens, and the model reads {self.max_tokens}; shorten it."
-        return ""
+        return _too_long(self, caption, 2)
 
     def _merge(self, word: str) -> list[int]:
         pieces = [_LETTERS[byte] for byte in word.encode("utf-8")]
@@ -141,6 +135,118 @@ class BytePairTokenizer:
                     i += 1
             pieces = joined
         return [self.vocabulary.get(piece, self.end) for piece in pieces]
+
+
+class PieceTokenizer:
+    """Captions to numbers: pieces, end, padding; longer captions are cut and still end in the end.
+
+    Args:
+      numbers: the pieces of a caption, without the end, however many.
+      end: the number that every caption ends in, also "".
+      pad: what fills up.
+      max_tokens: S, the end included.
+
+    Raises:
+      ValueError: if there is no room for the end.
+    """
+
+    def __init__(self, numbers: Callable[[str], list[int]], *, end: int, pad: int, max_tokens: int = 512) -> None:
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens={max_tokens}: expected at least 1, the end of every caption.")
+        self.numbers, self.end, self.pad, self.max_tokens = numbers, end, pad, max_tokens
+        self._warned = False
+
+    @staticmethod
+    def is_in(folder: epath.PathLike) -> bool:
+        """Whether a folder holds files that `read` reads."""
+        return any((epath.Path(folder) / name).exists() for name in ("tokenizer.json", "spiece.model"))
+
+    @classmethod
+    def read(cls, folder: epath.PathLike, *, max_tokens: int = 512, mended: bool = True) -> PieceTokenizer:
+        """The tokenizer of a folder: tokenizer.json, else spiece.model.
+
+        Args:
+          mended: captions are passed through `mend` first, as in Wan's pipeline.
+
+        Raises:
+          FileNotFoundError: if the folder has neither.
+          ImportError: if a package that this takes is not installed.
+          ValueError: for the files of another tokenizer.
+        """
+        source = epath.Path(folder).expanduser()
+        if not cls.is_in(source):
+            raise FileNotFoundError(
+                f"{source}: expected tokenizer.json or spiece.model; they lie beside the weights of T5, or in a folder "
+                "`tokenizer` beside theirs, so copy them from there."
+            )
+        try:
+            if mended:
+                mend("")  # a package that is missing is missed now, and not at the first caption
+            numbers, end, pad = _pieces_of(source)
+        except ImportError as error:
+            raise ImportError(
+                f"{source}: to read captions as T5 does takes {error.name}: pip install 'stvdm[text]'"
+            ) from error
+        if end is None or pad is None or min(end, pad) < 0:
+            raise ValueError(f"{source}: a vocabulary without </s> or <pad>; expected that of a T5 or UMT5.")
+        made = (lambda caption: numbers(mend(caption))) if mended else numbers
+        return cls(made, end=end, pad=pad, max_tokens=max_tokens)
+
+    def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens_BS int32, mask_BS bool): padded to max_tokens, the mask True to the end of the caption."""
+        return _filled(self, captions, ())
+
+    def problem(self, caption: str) -> str:
+        """Why a caption is not read to its end; "" if it is."""
+        return _too_long(self, caption, 1)
+
+
+def mend(caption: str) -> str:
+    """A caption as Wan's pipeline cleans it: broken encodings mended by ftfy, HTML's names read, blanks made single."""
+    import ftfy
+
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(caption))).split())
+
+
+def _pieces_of(folder: epath.Path) -> tuple[Callable[[str], list[int]], int | None, int | None]:
+    """How the files of a folder read a caption, the number of its end, and what pads."""
+    if (folder / "tokenizer.json").exists():
+        import tokenizers
+
+        pieces = tokenizers.Tokenizer.from_str((folder / "tokenizer.json").read_text())
+        pieces.no_padding()
+        pieces.no_truncation()
+        end, pad = pieces.token_to_id("</s>"), pieces.token_to_id("<pad>")
+        return lambda caption: pieces.encode(caption, add_special_tokens=False).ids, end, pad
+    import sentencepiece
+
+    model = sentencepiece.SentencePieceProcessor(model_proto=(folder / "spiece.model").read_bytes())
+    return model.encode, model.eos_id(), model.pad_id()
+
+
+def _filled(
+    tokenizer: BytePairTokenizer | PieceTokenizer, captions: Sequence[str], before: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens_BS, mask_BS): ``before``, pieces, the end, padding; the first caption that is cut is told of."""
+    tokens_BS = np.full((len(captions), tokenizer.max_tokens), tokenizer.pad, np.int32)
+    mask_BS = np.zeros(tokens_BS.shape, bool)
+    for row, mask, caption in zip(tokens_BS, mask_BS, captions, strict=True):
+        pieces = tokenizer.numbers(caption)
+        room = tokenizer.max_tokens - len(before) - 1
+        if len(pieces) > room and not tokenizer._warned:
+            tokenizer._warned = True
+            warnings.warn(tokenizer.problem(caption) + " Only the first are read.", stacklevel=3)
+        numbers = [*before, *pieces[:room], tokenizer.end]
+        row[: len(numbers)] = numbers
+        mask[: len(numbers)] = True
+    return tokens_BS, mask_BS
+
+
+def _too_long(tokenizer: BytePairTokenizer | PieceTokenizer, caption: str, num_special: int) -> str:
+    num_tokens = num_special + len(tokenizer.numbers(caption))
+    if num_tokens > tokenizer.max_tokens:
+        return f"prompt {caption!r}: {num_tokens} tokens, and the model reads {tokenizer.max_tokens}; shorten it."
+    return ""
 
 
 def _letters() -> list[str]:

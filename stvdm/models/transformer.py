@@ -28,6 +28,8 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(nn.gelu, approximate=True),
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # of OpenAI's CLIP (arXiv:2103.00020)
+    "relu": nn.relu,
+    "silu": nn.silu,
 }
 
 

@@ -148,13 +148,15 @@ def _program(config: ConfigDict, coder: Autoencoder, mesh: Mesh | None) -> tuple
         program = train_dit.program(config, coder)
         if config.data.source == "latents":
             rows = {"latent": ((*coder.latent_shape((T, H, W)), coder.latent_channels), jnp.float32)}
-        S = config.text.max_tokens
-        rows |= {"tokens": ((S,), jnp.int32), "mask": ((S,), jnp.bool_)}
+        S, has_tower = config.text.max_tokens, bool(config.text.tower)
+        words = ((S, config.text.width), jnp.float32) if has_tower else ((S,), jnp.int32)
+        rows |= {"tokens": words, "mask": ((S,), jnp.bool_)}
         clip = jax.ShapeDtypeStruct((1, T, H, W, 3), jnp.float32)
         weights = jax.eval_shape(coder.init, jax.random.key(0), clip)["params"]
         scale = jax.ShapeDtypeStruct((coder.latent_channels,), jnp.float32)
         whole = {"autoencoder": nn.unbox(weights), "statistics": {"mean_z": scale, "std_z": scale}}
-        frozen = (train_dit.frozen_weights(config, whole),)
+        null = {"null": train_dit.no_caption(config)} if has_tower else {}
+        frozen = ({**train_dit.frozen_weights(config, whole), **null},)
     splits = (None, None) if mesh is None else (sharding.batch_sharding(mesh), sharding.replicated(mesh))
     examples = {
         name: jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=splits[0]) for name, (shape, dtype) in rows.items()

@@ -35,7 +35,7 @@ from stvdm.data.video import enlarge
 from stvdm.diffusion import flow, samplers, schedules
 from stvdm.models.block import Attention
 from stvdm.models.dit import DiT
-from stvdm.models.text_encoders import NUM_SPECIAL
+from stvdm.models.text_encoders import NUM_SPECIAL, WordTokenizer
 from stvdm.sampling import pipeline as sampling
 from stvdm.sampling.pipeline import Denoising, Models, Pipeline, Result
 from stvdm.shapes import Size3
@@ -109,6 +109,11 @@ def weights_of(
         raise ValueError(f"time={time}: expected a noise level in [0, 1], 0 is data and 1 is noise.")
     if problem := pipeline.tokenizer.problem(prompt):
         raise ValueError(problem)
+    if not isinstance(pipeline.tokenizer, WordTokenizer):
+        raise ValueError(
+            f"text.tower={pipeline.settings['text']['tower']!r}: a published tower's tokens are pieces, which it has "
+            "mixed with their neighbours; expected a model with a small encoder, whose words can be named."
+        )
     models, params = written_out(pipeline.models, pipeline.params)
     x = flow.interpolate(
         jnp.asarray(latent_thwz)[None],
@@ -275,11 +280,11 @@ def march(pipeline: Pipeline, result: Result, index: int = 0) -> March:
     times = schedules.shifted(settings["steps"], shift=shift)
     states, data = _march(
         models,
-        {name: pipeline.params[name] for name in ("dit", "text")},
+        pipeline.networks,
         sampling.noise_of(result.seeds[index], shape)[None],
         times,
-        pipeline.tokenizer([result.prompts[index]]),
-        pipeline.tokenizer([""]),
+        pipeline.words([result.prompts[index]]),
+        pipeline.words([""]),
         how=sampling.denoising(pipeline.settings["flow"], settings),
     )
     return March(np.asarray(times), np.asarray(states)[:, 0], np.asarray(data)[:, 0])

@@ -28,11 +28,13 @@ from etils import epath
 
 from stvdm import checkpoint, shapes
 from stvdm.diffusion import flow, guidance, samplers, schedules
+from stvdm.interop import towers
 from stvdm.models import autoencoder3d
 from stvdm.models.autoencoder3d import Autoencoder
 from stvdm.models.dit import DiT
 from stvdm.models.quantized import quantized
 from stvdm.models.text_encoders import TextEncoder, WordTokenizer
+from stvdm.models.tokenizers import BytePairTokenizer, PieceTokenizer
 from stvdm.models.unet import UNet
 
 Tree = Any
@@ -48,10 +50,14 @@ SAMPLERS: dict[str, Callable[[flow.Path], samplers.Sampler]] = {
 
 
 class Models(NamedTuple):
-    """The two networks that are trained together: a velocity of latents, and the text it listens to."""
+    """The two networks that are trained together: a velocity of latents, and the text it listens to.
+
+    Where a published tower reads the text there is no second one. Then "tokens" are what the tower made of them, a
+    text_BSE, from here on: the tower is frozen, so it reads apart, before a step, or once for all.
+    """
 
     dit: DiT | UNet
-    text: TextEncoder
+    text: TextEncoder | None
 
     def predict(
         self, params: Tree, x_Bthwz: jax.Array, time_B: jax.Array, text_BSE: jax.Array, mask_BS: jax.Array
@@ -61,6 +67,8 @@ class Models(NamedTuple):
 
     def read(self, params: Tree, tokens_BS: jax.Array, mask_BS: jax.Array) -> jax.Array:
         """text_BSE of tokenized captions."""
+        if self.text is None:
+            return tokens_BS
         return self.text.apply({"params": params["text"]}, tokens_BS, mask_BS)
 
 
@@ -77,7 +85,9 @@ class Denoising(NamedTuple):
 def build(settings: Mapping[str, Any], *, latent_channels: int, num_words: int) -> Models:
     """The networks of a config's ``model`` and ``text`` sections."""
     text = dict(settings["text"])
-    del text["words"]
+    has_tower = bool(text.get("tower"))  # models of before there were towers do not say
+    for name in ("words", "tower", "tower_dtype", "padding"):
+        text.pop(name, None)
     model = {
         name: tuple(value) if isinstance(value, list) else value for name, value in dict(settings["model"]).items()
     }
@@ -85,8 +95,43 @@ def build(settings: Mapping[str, Any], *, latent_channels: int, num_words: int) 
     network, matmul = NETWORKS[str(model.pop("network", "dit"))], str(model.pop("matmul", ""))
     return Models(
         dit=quantized(network(latent_channels=latent_channels, text_width=text["width"], **model), matmul),
-        text=TextEncoder(vocabulary_size=num_words, **text),
+        text=None if has_tower else TextEncoder(vocabulary_size=num_words, **text),
     )
+
+
+def reader_of(settings: Mapping[str, Any], place: epath.PathLike | None = None) -> towers.Reader | None:
+    """The tower that reads captions for a model with this config; None if it has a small encoder of its own.
+
+    Args:
+      place: where the tower lies, if not where the config says.
+
+    Raises:
+      FileNotFoundError: if it is not there.
+      ValueError: if it is not as wide as the config says.
+    """
+    text = settings["text"]
+    if not text.get("tower"):
+        return None
+    reader = towers.reader(place or text["tower"], max_tokens=text["max_tokens"], dtype=text["tower_dtype"])
+    if reader.model.width != text["width"]:
+        raise ValueError(
+            f"text.width={text['width']}: the tower {str(place or text['tower'])!r} gives {reader.model.width}; set "
+            f"text.width={reader.model.width}, or name another tower."
+        )
+    return reader
+
+
+def read_captions(
+    reader: towers.Reader, captions: Sequence[str], settings: Mapping[str, Any]
+) -> tuple[jax.Array | np.ndarray, np.ndarray]:
+    """(text_BSE, mask_BS) of captions as the model with this config takes them from its tower."""
+    text_BSE, mask_BS = reader(captions)
+    return text_BSE, looked_at(mask_BS, settings)
+
+
+def looked_at(mask_BS: Any, settings: Mapping[str, Any]) -> Any:
+    """Where a model with this config looks, of a tower's text that is real where the mask is True."""
+    return mask_BS | (settings["text"]["padding"] == "zeros")
 
 
 def objective(settings: Mapping[str, Any]) -> flow.Objective:
@@ -109,9 +154,10 @@ def denoise(
     """The normalised latent_Bthwz that ``noise`` flows to.
 
     Args:
-      params: {"dit", "text"}.
+      params: {"dit", "text"}; no "text" where a tower reads.
       times: (steps + 1,), from 1 down to 0.
-      prompt, null: (tokens_BS, mask_BS) of the captions, and of the empty caption that guidance leads away from.
+      prompt, null: (tokens_BS, mask_BS), or a tower's (text_BSE, mask_BS), of the captions, and of the empty caption
+        that guidance leads away from.
     """
     guided = guided_velocity(models, params, prompt, null, how=how)
     return samplers.sample(
@@ -160,21 +206,26 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """A model that can be sampled. ``params`` are {"autoencoder", "statistics", "dit", "text"}."""
+    """A model that can be sampled. ``params`` are {"autoencoder", "statistics", "dit", "text"}, the last but where a
+    published tower reads the prompts."""
 
     autoencoder: Autoencoder
     models: Models
-    tokenizer: WordTokenizer
+    tokenizer: WordTokenizer | BytePairTokenizer | PieceTokenizer
     params: Tree
     settings: dict[str, Any]  # the config it was trained with
     digest: str  # sha256 of its weights
+    reader: towers.Reader | None = None
 
     @classmethod
-    def load(cls, path: epath.PathLike | None = None) -> Pipeline:
+    def load(cls, path: epath.PathLike | None = None, *, tower: epath.PathLike | None = None) -> Pipeline:
         """The model in a folder: an exported one, or the run that exported it; without a path the bundled one.
 
+        Args:
+          tower: where the published tower lies that reads its prompts, if not where it lay in training.
+
         Raises:
-          FileNotFoundError: if there is no model.
+          FileNotFoundError: if there is no model, or not its tower.
           ValueError: if the files are damaged, or the model is an autoencoder alone.
         """
         params, description = checkpoint.load_model(bundled() if path is None else model_folder(path))
@@ -183,16 +234,30 @@ class Pipeline:
                 f"{path}: this is a model of kind {description['kind']!r}, which makes no videos by itself; "
                 "train a transformer on it with `stvdm train dit`, and give that folder."
             )
-        return cls.of(params, description)
+        reader = reader_of(description["config"], tower)
+        return cls.of(params, description, reader=reader and reader.on())
 
     @classmethod
-    def of(cls, params: Tree, description: Mapping[str, Any]) -> Pipeline:
-        """The pipeline of weights and description as `checkpoint.load_model` gives them."""
+    def of(cls, params: Tree, description: Mapping[str, Any], *, reader: towers.Reader | None = None) -> Pipeline:
+        """The pipeline of weights and description as `checkpoint.load_model` gives them, and of the tower if it has
+        one."""
         settings = description["config"]
         coder = autoencoder_of(description["autoencoder"])
-        tokenizer = WordTokenizer(tuple(settings["text"]["words"]), settings["text"]["max_tokens"])
-        models = build(settings, latent_channels=coder.latent_channels, num_words=tokenizer.vocabulary_size)
-        return cls(coder, models, tokenizer, params, settings, description.get("sha256", ""))
+        words = WordTokenizer(tuple(settings["text"]["words"]), settings["text"]["max_tokens"])
+        models = build(settings, latent_channels=coder.latent_channels, num_words=words.vocabulary_size)
+        tokenizer = words if reader is None else reader.tokenizer
+        return cls(coder, models, tokenizer, params, settings, description.get("sha256", ""), reader)
+
+    @property
+    def networks(self) -> Tree:
+        """Of its weights those that `denoise` takes."""
+        return {name: self.params[name] for name in ("dit", "text") if name in self.params}
+
+    def words(self, captions: Sequence[str]) -> tuple[Any, np.ndarray]:
+        """What `denoise` takes of captions: (tokens_BS, mask_BS), or, read by a tower, (text_BSE, mask_BS)."""
+        if self.reader is None:
+            return self.tokenizer(captions)
+        return read_captions(self.reader, captions, self.settings)
 
     @property
     def default_shape(self) -> tuple[int, int, int]:
@@ -255,8 +320,8 @@ class Pipeline:
             part = videos_to_make[start : start + batch_size]
             padded = part + [part[-1]] * (batch_size - len(part))  # one compiled shape
             noise = jnp.stack([noise_of(s, (*latent_thw, self.autoencoder.latent_channels)) for _, s in padded])
-            prompt = self.tokenizer([text for text, _ in padded])
-            null = self.tokenizer([""] * batch_size)
+            prompt = self.words([text for text, _ in padded])
+            null = self.words([""] * batch_size)
             if progress is not None:
                 made, everything = start * total, len(videos_to_make) * total
                 _relay.listener = functools.partial(_tell, progress, made, len(part), everything)

@@ -8,10 +8,14 @@
 In ``workdir``: ``checkpoints/`` to go on from, ``metrics.jsonl``, ``tensorboard/``, ``previews/`` (samples of
 ``config.sample.previews`` or of held-out captions), ``model/`` (the averaged weights together with the autoencoder:
 what `stvdm generate` loads). The latents are read ready-made (``data.source="latents"``) or encoded in the step.
+
+Where a published tower reads the captions (``text.tower``) it is frozen, and no part of the step: what it makes of them
+lies beside the latents (`stvdm preprocess`), or is computed before each step.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -22,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from stvdm import checkpoint, shapes, sharding
@@ -29,6 +34,7 @@ from stvdm import config as base
 from stvdm.data.loader import Loader
 from stvdm.data.records import read_metadata
 from stvdm.diffusion import flow
+from stvdm.interop import towers
 from stvdm.models import autoencoder3d
 from stvdm.models.autoencoder3d import Autoencoder
 from stvdm.models.text_encoders import WordTokenizer, collect_words
@@ -42,6 +48,7 @@ from stvdm.train.telemetry import Telemetry
 
 Tree = Any
 Metrics = dict[str, jax.Array]
+Captions = tuple[Any, Any]  # (tokens_BS, mask_BS), or a tower's (text_BSE, mask_BS)
 
 MAX_CAPTIONS = 20_000  # that are read for the vocabulary
 NUM_PREVIEWS = 4  # held-out captions that are sampled where the config names no prompts
@@ -51,24 +58,24 @@ EVAL_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # at which the held-out loss is taken, e
 def program(config: ConfigDict, coder: Autoencoder) -> Program:
     """All that a run with this config compiles, for latents of this autoencoder.
 
-    The step is (state, batch, `frozen_weights`) -> (state, metrics), and the batch holds "tokens", "mask" and "latent"
-    (raw) or "video".
+    The step is (state, batch, `frozen_weights`) -> (state, metrics), and the batch holds "mask", "tokens" (int; of a
+    tower: what it made of them, float), and "latent" (raw) or "video".
     """
     # Networks.
     tokenizer = WordTokenizer(tuple(config.text.words), config.text.max_tokens)
     settings = config.to_dict()
     models = pipeline.build(settings, latent_channels=coder.latent_channels, num_words=tokenizer.vocabulary_size)
     latents_of = latent_reader(coder, ready=config.data.source == "latents")
-    null = tokenizer([""])
+    null = no_caption(config)
     latent_thw = coder.latent_shape(tuple(config.data.buckets[0][:3]))
 
     def init() -> Tree:
         key_dit, key_text = jax.random.split(jax.random.key(config.seed))
-        text = models.text.init(key_text, *null)["params"]
+        text = {} if models.text is None else {"text": models.text.init(key_text, *null)["params"]}
         latent_Bthwz = jnp.zeros((1, *latent_thw, coder.latent_channels))
         text_BSE = jnp.zeros((1, config.text.max_tokens, config.text.width))
         time_BK = jnp.zeros((1, 1))
-        return {"dit": models.dit.init(key_dit, latent_Bthwz, time_BK, None, text_BSE)["params"], "text": text}
+        return {"dit": models.dit.init(key_dit, latent_Bthwz, time_BK, None, text_BSE)["params"], **text}
 
     # Loss.
     objective = pipeline.objective(settings["flow"])
@@ -85,13 +92,14 @@ def program(config: ConfigDict, coder: Autoencoder) -> Program:
             objective=objective,
         )
 
-    def loss(params: Tree, batch: Tree, key: jax.Array) -> tuple[jax.Array, Metrics]:
+    def loss(params: Tree, batch: Tree, key: jax.Array, null: Captions = null) -> tuple[jax.Array, Metrics]:
         params = state_lib.left_alone(params, config.train_only)
         key_noise, key_time, key_drop = jax.random.split(key, 3)
         latent, tokens, mask = batch["latent"], batch["tokens"], batch["mask"]
         B = latent.shape[0]
         dropped = jax.random.bernoulli(key_drop, config.flow.caption_dropout, (B, 1))
-        tokens, mask = jnp.where(dropped, null[0], tokens), jnp.where(dropped, null[1], mask)
+        tokens = jnp.where(dropped.reshape(B, *[1] * (tokens.ndim - 1)), null[0], tokens)
+        mask = jnp.where(dropped, null[1], mask)
         time = flow.sample_times(
             key_time,
             (B,),
@@ -106,7 +114,7 @@ def program(config: ConfigDict, coder: Autoencoder) -> Program:
 
     # Step.
     optimizer, rate = state_lib.make_optimizer(config.optimizer, config.total_steps, train_only=config.train_only)
-    gradient = state_lib.accumulated_grad(loss, config.optimizer.accumulate)
+    gradient = functools.partial(state_lib.accumulated_grad, num_micro=config.optimizer.accumulate)
 
     def kept(params: Tree) -> Tree:
         """The kernels of the transformer's layers in halves, where products are in bfloat16."""
@@ -121,7 +129,8 @@ def program(config: ConfigDict, coder: Autoencoder) -> Program:
         batch = {**batch, "latent": latents_of(frozen, batch)}
         batch.pop("video", None)
         rate_now = rate(state.step - state.num_skipped)
-        grads, metrics = gradient(state.params, batch, state_lib.stream(config.seed, state.step, "flow"))
+        objective = functools.partial(loss, null=frozen["null"]) if "null" in frozen else loss
+        grads, metrics = gradient(objective)(state.params, batch, state_lib.stream(config.seed, state.step, "flow"))
         state, taken = state_lib.update(
             state, grads, loss=metrics["loss"], optimizer=optimizer, ema_decay=config.ema_decay
         )
@@ -143,7 +152,7 @@ def program(config: ConfigDict, coder: Autoencoder) -> Program:
         latent = batch["latent"].shape[1:4] if "latent" in batch else coder.latent_shape(batch["video"].shape[1:4])
         made = jax.ShapeDtypeStruct((clips, *latent, coder.latent_channels), jnp.float32)
         params, batch = nn.unbox(jax.eval_shape(init)), {**batch, "latent": made}
-        flops = model_flops(loss, params, batch, gradient=gradient if config.train_only else None)
+        flops = model_flops(loss, params, batch, gradient=gradient(loss) if config.train_only else None)
         return {
             "clips": clips,
             "tokens": clips * math.prod(shapes.token_grid(latent, config.model.patch)),
@@ -176,8 +185,13 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
         start = start_of(config.start_from, coder_params) if config.start_from and before is None else None
         config = base.with_words(config, words_of(config, before, start, batches))
         settings = config.to_dict()
-        tokenizer = WordTokenizer(tuple(config.text.words), config.text.max_tokens)
+        reader = pipeline.reader_of(settings)
+        tokenizer = reader.tokenizer if reader else WordTokenizer(tuple(config.text.words), config.text.max_tokens)
         previews = previews_of(config, tokenizer, held_out)
+        reader = reader and reader.on(mesh)
+        known = reader and reader.only(["", *previews])
+        captions_of = captions_reader(config, reader, mesh)
+        del reader  # a tower that reads nothing more than these lets go of its memory
 
         # Restore or initialise.
         run = program(config, coder)
@@ -187,6 +201,8 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
             state, fresh = state_lib.start_from(state, start.weights)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
         frozen = jax.device_put(frozen_weights(config, coder_params), sharding.replicated(mesh))
+        if known is not None:
+            frozen["null"] = jax.device_put(pipeline.read_captions(known, [""], settings), sharding.replicated(mesh))
         train_step = jax.jit(run.step, donate_argnums=0, out_shardings=(shardings, None))
 
         # Evaluation: the loss of held-out clips, and samples of fixed prompts.
@@ -202,9 +218,8 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
             return jax.tree.map(lambda *values: float(np.mean(values)), *jax.device_get(scores))
 
         def ready(batch: dict[str, Any]) -> Tree:
-            tokens, mask = tokenizer(batch["caption"])
             arrays: dict[str, Any] = {name: batch[name] for name in ("video", "latent") if name in batch}
-            return state_lib.to_mesh({**arrays, "tokens": tokens, "mask": mask}, mesh)
+            return {**state_lib.to_mesh(arrays, mesh), **captions_of(batch)}
 
         description = {
             "kind": "dit",
@@ -214,7 +229,7 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
         }
 
         def samples(params: Tree, prompts: list[str]) -> np.ndarray:
-            model = Pipeline.of({**coder_params, **frozen, **params}, description)
+            model = Pipeline.of({**coder_params, **frozen, **params}, description, reader=known)
             batch = len(prompts)
             return model.generate(prompts, batch_size=batch, progress=lambda *_: supervisor.beat()).videos
 
@@ -303,13 +318,72 @@ def start_of(path: epath.PathLike, coder_params: Tree) -> Start:
             f"start_from={str(path)!r}: it was trained on the latents of another autoencoder, expected that of this "
             "config; name the one in that folder as `autoencoder`, or start from another model."
         )
-    return Start({name: params[name] for name in ("dit", "text")}, tuple(description["config"]["text"]["words"]))
+    weights = {name: params[name] for name in ("dit", "text") if name in params}
+    return Start(weights, tuple(description["config"]["text"]["words"]))
 
 
 def frozen_weights(config: ConfigDict, coder_params: Tree) -> Tree:
     """What a step reads of an autoencoder: of latents that are ready, their statistics alone."""
     names = ("statistics",) if config.data.source == "latents" else ("autoencoder", "statistics")
     return {name: coder_params[name] for name in names}
+
+
+def no_caption(config: ConfigDict) -> Captions:
+    """The empty caption, for which some are dropped; of a tower, which is not at hand, one of its shape."""
+    S, E = config.text.max_tokens, config.text.width
+    if config.text.tower:
+        return np.zeros((1, S, E), np.float32), np.ones((1, S), bool)
+    return WordTokenizer(tuple(config.text.words), S)([""])
+
+
+def captions_reader(config: ConfigDict, reader: towers.Reader | None, mesh: Mesh) -> Callable[[Tree], Tree]:
+    """(batch as the loader gives it) -> "tokens" and "mask" on the mesh.
+
+    Of a tower: what lies beside the latents, or, where nothing does, what it reads now.
+
+    Raises:
+      ValueError: if what lies there is of another tower, or of captions that were cut elsewhere.
+    """
+    settings = config.to_dict()
+    stored = [
+        (path, read_metadata(path)["about"].get("text"))
+        for path in (config.data.path, config.data.validation_path)
+        if config.data.source == "latents" and path
+    ]
+
+    def words(batch: Tree) -> Tree:
+        tokens_BS, mask_BS = tokenizer(batch["caption"])
+        return state_lib.to_mesh({"tokens": tokens_BS, "mask": mask_BS}, mesh)
+
+    def read_before(batch: Tree) -> Tree:
+        text_BSE = np.zeros((len(batch["text"]), config.text.max_tokens, config.text.width), np.float32)
+        mask_BS = np.zeros(text_BSE.shape[:2], bool)
+        for text_SE, mask_S, found in zip(text_BSE, mask_BS, batch["text"], strict=True):
+            text_SE[: len(found)], mask_S[: len(found)] = found, True
+        return state_lib.to_mesh({"tokens": text_BSE, "mask": pipeline.looked_at(mask_BS, settings)}, mesh)
+
+    def read_now(batch: Tree) -> Tree:
+        assert reader is not None
+        put = words(batch)
+        return {
+            "tokens": towers.read(reader.model, reader.params, put["tokens"], put["mask"]),
+            "mask": pipeline.looked_at(put["mask"], settings),
+        }
+
+    if reader is None:
+        tokenizer: Any = WordTokenizer(tuple(config.text.words), config.text.max_tokens)
+        return words
+    tokenizer = reader.tokenizer
+    if not any(there for _, there in stored):
+        return read_now
+    here = towers.identity(config.text.tower, max_tokens=config.text.max_tokens)
+    for path, there in stored:
+        if there != here:
+            raise ValueError(
+                f"{path}: its text was read by {there}, expected {here}; run `stvdm preprocess` again with this "
+                "config, or name the tower that read it and its text.max_tokens."
+            )
+    return read_before
 
 
 def latent_reader(coder: Autoencoder, *, ready: bool) -> Callable[[Tree, Tree], jax.Array]:
@@ -335,6 +409,8 @@ def words_of(
       ValueError: if the config names other words than the model that it starts from reads.
     """
     words = tuple(config.text.words)
+    if config.text.tower:
+        return ()  # it has its own
     if before is not None:
         return tuple(before["text"]["words"])
     if start is not None:
@@ -377,7 +453,7 @@ def check_latents(config: ConfigDict, coder_description: dict[str, Any]) -> None
                 )
 
 
-def previews_of(config: ConfigDict, tokenizer: WordTokenizer, held_out: Loader) -> list[str]:
+def previews_of(config: ConfigDict, tokenizer: Any, held_out: Loader) -> list[str]:
     """The prompts that are sampled on the way: of the config, or captions of held-out clips.
 
     Raises:

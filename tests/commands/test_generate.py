@@ -20,7 +20,7 @@ def generated(stand_in):
 
     class Pipeline:
         @classmethod
-        def load(cls, checkpoint):
+        def load(cls, checkpoint, tower=None):
             noted["checkpoint"] = checkpoint
             return cls()
 

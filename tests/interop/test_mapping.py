@@ -111,7 +111,7 @@ def test_a_folder_is_taken_before_the_hub(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download))
     assert mapping.folder_of(tmp_path) == mapping.folder_of("openai/some-model")
-    assert asked == [("openai/some-model", ("*.safetensors", "*.json", "*.txt"))]
+    assert asked == [("openai/some-model", ("*.safetensors", "*.json", "*.txt", "*.model"))]
     with pytest.raises(FileNotFoundError, match="no/such/folder: expected a folder of safetensors"):
         mapping.folder_of("no/such/folder")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)

@@ -10,9 +10,11 @@ import runs
 from flax import traverse_util
 from runs import losses_and_gradients
 
-from stvdm import checkpoint
+from stvdm import checkpoint, preprocess
 from stvdm import config as base
-from stvdm.data import records
+from stvdm.data import loader, records
+from stvdm.interop import towers
+from stvdm.sampling import pipeline
 from stvdm.sampling.pipeline import Pipeline
 from stvdm.train import autoencoder, dit
 from stvdm.train.telemetry import Telemetry, read_metrics
@@ -181,3 +183,81 @@ def test_where_a_training_may_start_from(dit_config, autoencoder_config, tiny_mo
         dit.main(of_another, tmp_path / "b")
     with pytest.raises(ValueError, match=r"text.words: 1 words, expected none, or the \d+ of the model"):
         dit.main(dit_config(start_from=str(tiny_model), text__words=("red",)), tmp_path / "c")
+
+
+@pytest.fixture
+def tower_config(dit_config, tower, tmp_path):
+    """Its captions are read by a published tower, its latents are ready: `stored` with the tower's text, or without."""
+
+    def make(*, stored, text_path="cross", padding="masked", **changes):
+        folder = tmp_path / f"latents_{stored}"
+        if not folder.exists():
+            preprocess.preprocess(
+                lambda video: np.random.default_rng(int(video.sum())).normal(size=(len(video), 3, 4, 4, 4)),
+                loader.KineticShapes(num_clips=64),
+                folder,
+                buckets=[(5, 16, 16)],
+                read=towers.reader(tower, max_tokens=96) if stored else None,
+                about={"text": towers.identity(tower, max_tokens=96)} if stored else {},
+                dtype="float32",
+            )
+        text = {"tower": str(tower), "tower_dtype": "float32", "padding": padding, "max_tokens": 96, "width": 24}
+        return dit_config(
+            total_steps=2,
+            data__source="latents",
+            data__path=str(folder),
+            model__text_path=text_path,
+            flow__caption_dropout=0.5,
+            **{f"text__{name}": value for name, value in text.items()},
+            **changes,
+        )
+
+    return make
+
+
+@pytest.mark.parametrize(("text_path", "padding"), [("cross", "masked"), ("joint", "zeros")])
+def test_a_published_tower_reads_before_each_step_or_once_for_all(
+    text_path, padding, tower_config, tower, tmp_path, one_device, monkeypatch
+):
+    monkeypatch.setattr(dit, "program", lambda config, coder, whole=dit.program: runs.anywhere(whole(config, coder)))
+    settings = dict(text_path=text_path, padding=padding)
+    dit.main(tower_config(stored=False, eval_every=2, eval_batches=1, **settings), tmp_path / "now")
+    dit.main(tower_config(stored=True, **settings), tmp_path / "before")
+    np.testing.assert_allclose(_losses(tmp_path / "now"), _losses(tmp_path / "before"), rtol=1e-5)
+    assert (tmp_path / "now" / "previews").exists()
+
+    params, _ = checkpoint.load_model(tmp_path / "now" / "model")
+    assert params.keys() == {"autoencoder", "statistics", "dit"}  # the tower stays where it is
+    made = Pipeline.load(tmp_path / "now")
+    one, other = (made.generate([prompt], steps=2).latents for prompt in ("a red ball", "a blue ball"))
+    assert np.abs(one - other).max() > 1e-3
+    moved = tower.rename(tower.parent / "moved")
+    try:
+        with pytest.raises(FileNotFoundError, match="expected a folder of safetensors"):
+            Pipeline.load(tmp_path / "now")
+        again = Pipeline.load(tmp_path / "now", tower=moved).generate(["a red ball"], steps=2).latents
+        np.testing.assert_array_equal(again, one)
+    finally:
+        moved.rename(tower)
+
+
+def test_text_that_another_tower_read_is_refused(tower_config, tmp_path, one_device):
+    config = tower_config(stored=True)
+    config.text.max_tokens = 90
+    with pytest.raises(ValueError, match=r"its text was read by .*'max_tokens': 96.*, expected .*'max_tokens': 90"):
+        dit.main(config, tmp_path / "run")
+    config.text.update(dict(max_tokens=96, width=32))
+    with pytest.raises(ValueError, match="text.width=32: the tower .* gives 24; set text.width=24"):
+        dit.main(config, tmp_path / "run")
+
+
+def test_padding_that_is_seen_is_zeros(tower_config):
+    """As Wan's pipeline: what stands behind the text is looked at, and is zero."""
+    seen = []
+    for padding in ("masked", "zeros"):
+        config = tower_config(stored=False, padding=padding)
+        reader = pipeline.reader_of(config.to_dict())
+        text_BSE, mask_BS = pipeline.read_captions(reader, ["on", ""], config.to_dict())
+        assert not np.asarray(text_BSE)[:, 4:].any()
+        seen.append(mask_BS.sum(1).tolist())
+    assert seen == [[3, 2], [96, 96]]

@@ -31,6 +31,23 @@ CLIP = dict(
     ),
     projection_dim=20,
 )
+T5 = dict(
+    vocab_size=67,
+    d_model=24,
+    d_kv=6,
+    d_ff=40,
+    num_layers=3,
+    num_heads=5,
+    relative_attention_num_buckets=12,
+    relative_attention_max_distance=20,
+    feed_forward_proj="gated-gelu",
+)
+T5_KINDS = {  # what a folder's config.json says
+    "umt5": T5 | dict(model_type="umt5"),
+    "t5": T5 | dict(model_type="t5"),  # as v1.1
+    "t5_first": T5 | dict(model_type="t5", feed_forward_proj="relu"),
+}
+T5_LENGTHS = (23, 9)  # real tokens of two captions; the longer reaches beyond the largest distance
 VIDEOMAE = dict(
     image_size=15,
     patch_size=5,
@@ -91,6 +108,14 @@ def inputs(name: str, shape: tuple[int, ...]) -> np.ndarray:
     return np.random.default_rng(zlib.crc32(name.encode())).normal(size=shape).astype(np.float32)
 
 
+def t5_inputs() -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and mask of two captions."""
+    random = np.random.default_rng(5)
+    tokens = random.integers(3, T5["vocab_size"], (len(T5_LENGTHS), max(T5_LENGTHS)))
+    mask = np.arange(max(T5_LENGTHS)) < np.asarray(T5_LENGTHS)[:, None]
+    return np.where(mask, tokens, 0), mask
+
+
 def picture(height: int, width: int) -> np.ndarray:
     """A picture with coarse and fine structure, as bytes."""
     y, x = np.mgrid[:height, :width]
@@ -107,6 +132,13 @@ def byte_pairs() -> tuple[dict[str, int], list[tuple[str, str]]]:
     merges = [("a", "l"), ("al", "l</w>"), ("t", "h"), ("o", "n</w>"), ("i", "n"), ("r", "i")]
     pieces = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
     return {piece: i for i, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}, merges
+
+
+def pieces() -> list[tuple[str, float]]:
+    """A unigram model in small, as T5's: padding, end, unknown, some letters, and what is likelier than its letters."""
+    longer = {"▁a": -2.0, "▁red": -4.5, "▁ball": -4.0, "al": -3.5, "all": -3.9, "ball": -5.1, "▁b": -3.0, "▁to": -3.2}
+    letters = {letter: -5.0 - 0.01 * i for i, letter in enumerate("▁abcdefghilnorstu'é1&")}
+    return [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *letters.items(), *longer.items()]
 
 
 def golden() -> dict:

@@ -3,10 +3,11 @@
 
     pip install -e '.[parity]' && python tests/models/golden/make_towers.py
 
-transformers has CLIP and VideoMAE. I3D and LPIPS are written here from their papers, with the names of the published
-PyTorch modules. The tests compare with the file, and where PyTorch is installed with a fresh run of this.
+transformers has CLIP, T5, UMT5 and VideoMAE. I3D and LPIPS are written here from their papers, with the names of the
+published PyTorch modules. The tests compare with the file, and where PyTorch is installed with a fresh run of this.
 """
 
+import itertools
 import json
 import math
 
@@ -15,15 +16,18 @@ import numpy as np
 import torch
 import transformers
 
+AGAIN = "encoder.embed_tokens.weight"  # another name of T5's shared.weight
+
 
 def shapes_of(module: torch.nn.Module) -> dict[str, list[int]]:
-    return {name: list(tensor.shape) for name, tensor in module.state_dict().items() if tensor.is_floating_point()}
+    tensors = module.state_dict()
+    return {name: list(t.shape) for name, t in tensors.items() if t.is_floating_point() and name != AGAIN}
 
 
 def filled(module: torch.nn.Module) -> torch.nn.Module:
     tensors = {name: torch.from_numpy(array) for name, array in foreign.weights(shapes_of(module)).items()}
     missing = module.load_state_dict(tensors, strict=False).missing_keys
-    assert all(name.endswith("num_batches_tracked") for name in missing), missing
+    assert all(name.endswith(("num_batches_tracked", AGAIN)) for name in missing), missing
     return module.eval()
 
 
@@ -59,6 +63,87 @@ def clip() -> dict:
         "whole": whole,
         "outputs": {name: foreign.shown(tensor.numpy()) for name, tensor in outputs.items()},
         "prepared": {name: foreign.shown(np.asarray(array)) for name, array in pictures.items()},
+    }
+
+
+T5_CLASSES = {
+    "umt5": (transformers.UMT5EncoderModel, transformers.UMT5Config),
+    "t5": (transformers.T5EncoderModel, transformers.T5Config),
+    "t5_first": (transformers.T5EncoderModel, transformers.T5Config),
+}
+T5_PUBLISHED = {  # config.json of the hub, as far as it tells sizes
+    "google/umt5-xxl": ("umt5", dict(vocab_size=256384, d_model=4096, d_ff=10240, num_layers=24, num_heads=64)),
+    "google/t5-v1_1-xxl": ("t5", dict(vocab_size=32128, d_model=4096, d_ff=10240, num_layers=24, num_heads=64)),
+}
+
+
+def t5(kind: str) -> dict:
+    """Outputs, what each layer gives, and gradients for the words that go in and the table of distances."""
+    model_class, config_class = T5_CLASSES[kind]
+    config = config_class(**{name: value for name, value in foreign.T5_KINDS[kind].items() if name != "model_type"})
+    model = filled(model_class(config))
+    tokens, mask = (torch.from_numpy(array) for array in foreign.t5_inputs())
+    probe = torch.from_numpy(foreign.inputs("probe", (*mask.shape, config.d_model)))
+    layers: list[torch.Tensor] = []
+    for block in model.encoder.block:
+        block.register_forward_hook(
+            lambda module, given, made: layers.append(made[0] if isinstance(made, tuple) else made)
+        )
+    hidden = model(tokens, attention_mask=mask).last_hidden_state
+    (hidden * mask[..., None] * probe).sum().backward()
+    outputs = {
+        "hidden": hidden,
+        **{f"layer_{i + 1}": x for i, x in enumerate(layers)},
+        "gradient_words": model.shared.weight.grad,
+        "gradient_distances": model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.grad,
+    }
+    with torch.no_grad():
+        outputs["hidden_unmasked"] = model(tokens).last_hidden_state
+    return {
+        "shapes": shapes_of(model),
+        "outputs": {name: foreign.shown(tensor.detach().numpy()) for name, tensor in outputs.items()},
+    }
+
+
+def t5_published(name: str) -> dict:
+    """All names and shapes of the real sizes, built without memory; the layers behind the second are like it."""
+    kind, config = T5_PUBLISHED[name]
+    model_class, config_class = T5_CLASSES[kind]
+    with torch.device("meta"):
+        shapes = shapes_of(model_class(config_class(**config, d_kv=64, feed_forward_proj="gated-gelu")))
+    return {
+        "config": config | dict(model_type=kind, d_kv=64, feed_forward_proj="gated-gelu"),
+        "parameters": sum(math.prod(shape) for shape in shapes.values()),
+        "num_tensors": len(shapes),
+        "shapes": {name: shape for name, shape in shapes.items() if ".block." not in name or ".block.0." in name},
+        "of_every_layer": {name: shape for name, shape in shapes.items() if ".block.1." in name},
+    }
+
+
+def t5_buckets() -> dict:
+    """Of each table size the rows for keys from 600 tokens before the query to 600 behind it."""
+    from transformers.models.t5.modeling_t5 import T5Attention
+
+    away = torch.arange(-600, 601)
+    sizes = ((32, 128), (12, 20), (64, 300))
+    row = T5Attention._relative_position_bucket
+    return {f"{n},{far}": _runs(row(away, num_buckets=n, max_distance=far).tolist()) for n, far in sizes}
+
+
+def _runs(numbers: list[int]) -> list[list[int]]:
+    """[number, how often] of each run of equal ones."""
+    return [[number, len(list(group))] for number, group in itertools.groupby(numbers)]
+
+
+def t5_tokenizer() -> dict:
+    tokenizer = transformers.T5Tokenizer(vocab=foreign.pieces(), extra_ids=2)
+    captions = list(foreign.CAPTIONS)
+    read = tokenizer(captions, padding="max_length", truncation=True, max_length=16)
+    return {
+        "tokens": read["input_ids"],
+        "mask": read["attention_mask"],
+        "whole": tokenizer(captions)["input_ids"],
+        "file": json.loads(tokenizer.backend_tokenizer.to_str()),
     }
 
 
@@ -207,6 +292,10 @@ def main() -> None:
     made = {
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "clip": clip(),
+        "t5": {kind: t5(kind) for kind in foreign.T5_KINDS},
+        "t5_published": {name: t5_published(name) for name in T5_PUBLISHED},
+        "t5_buckets": t5_buckets(),
+        "t5_tokenizer": t5_tokenizer(),
         "videomae": videomae(),
         "i3d": i3d(),
         "lpips": {trunk: lpips(trunk) for trunk in foreign.LPIPS_TRUNKS},
