@@ -55,6 +55,7 @@ LADDER = """
     sampling.attention_page
     interop.mapping
     interop.towers
+    interop.wan_autoencoder
     interop.diffusers
     evaluation.result_file
     evaluation.comparison
