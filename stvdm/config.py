@@ -272,6 +272,9 @@ def _autoencoder_model() -> ConfigDict:
         convolution="full",  # 'full' 3x3x3, or 'separable': 3x3 in space, then 3 in time
         grouping="causal",  # time: 'causal' 1+(F-1)/t, 'uniform' F/t, or 'frame': each frame alone, as images
         shortcuts=False,  # past each stage that changes size: averages down, copies up
+        last_shortcut=False,  # with them: one past the encoder's last stage as well
+        upsampling_halves=True,  # channels; if not, the next stage's first block changes them
+        decoder_width=0,  # channels of the decoder's last stage; 0: the same as of the encoder's first
         middle_attention=True,  # attention within each frame at the bottleneck
         remat="nothing",  # what the backward pass computes again: nothing or stages
         dtype="float32",
@@ -456,6 +459,8 @@ def _without_effect(config: ConfigDict) -> Iterator[str]:
         model = config.model
         if model.grouping == "frame" and any(model.temporal_down):
             yield f"model.temporal_down={tuple(model.temporal_down)} has no effect: model.grouping='frame' keeps time."
+        if model.last_shortcut and not model.shortcuts:
+            yield "model.last_shortcut=True has no effect: model.shortcuts=False."
         return
     flow, sample, text = config.flow, config.sample, config.text
     if text.tower and text.words:

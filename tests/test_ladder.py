@@ -39,6 +39,7 @@ LADDER = """
     interop.mapping
     interop.weights
     interop.wan
+    interop.wan_autoencoder
     interop.towers
     diffusion.flow
     diffusion.schedules

@@ -7,7 +7,8 @@ With ``grouping="causal"`` the first frame is coded alone (a clip of one frame i
 change the frame rate let it pass. With ``"uniform"`` all frames are coded in equal groups. With ``"frame"`` each frame
 is coded alone, by the same layers with one tap in time: the 2-D control.
 
-The defaults are Wan 2.1's (https://arxiv.org/abs/2503.20314, section 4.1), with 126.9 M parameters.
+The defaults are Wan 2.1's (https://arxiv.org/abs/2503.20314, section 4.1), with 126.9 M parameters. Wan 2.2's, for the
+5B model (4x16x16, 704.7 M), is `stvdm.interop.wan_autoencoder.WAN_2_2`.
 
     model = Autoencoder(width=32, multipliers=(1, 2), unshuffle=4, spatial_down=(True,), temporal_down=(True,))
     mean_Bthwz, log_variance_Bthwz = model.apply({"params": params}, video_BTHWC, method="encode")
@@ -59,6 +60,9 @@ class Autoencoder(nn.Module):
     convolution: Literal["full", "separable"] = "full"
     grouping: Literal["causal", "uniform", "frame"] = "causal"
     shortcuts: bool = False  # past each stage that changes size: averages down, copies up (Wan 2.2, DC-AE)
+    last_shortcut: bool = False  # with them: one past the encoder's last stage as well, which keeps its size (Wan 2.2)
+    upsampling_halves: bool = True  # channels (Wan 2.1); if not, the next stage's first block changes them (Wan 2.2)
+    decoder_width: int = 0  # what ``width`` is for the decoder; 0: the same
     middle_attention: bool = True
     video_channels: int = 3
     remat: Literal["nothing", "stages"] = "nothing"  # what the backward pass computes again
@@ -84,8 +88,9 @@ class Autoencoder(nn.Module):
 
     def setup(self) -> None:
         _check(self)
-        style = Style(self.convolution, self.grouping, self.shortcuts, self.middle_attention, self.remat, self.dtype)
+        style = Style(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Style)})
         widths = tuple(self.width * multiplier for multiplier in self.multipliers)
+        widths_up = tuple((self.decoder_width or self.width) * multiplier for multiplier in self.multipliers[::-1])
         halves = tuple(
             (space, time and self.grouping != "frame")
             for space, time in zip(self.spatial_down, self.temporal_down, strict=True)
@@ -94,7 +99,7 @@ class Autoencoder(nn.Module):
         self.encoder = Encoder(2 * z, widths, halves, self.num_res_blocks, style)
         self.quant = CausalConv(2 * z, (1, 1, 1), bias_init=_narrow_posterior, dtype=self.dtype)
         self.post_quant = CausalConv(z, (1, 1, 1), dtype=self.dtype)
-        self.decoder = Decoder(pixels, widths[::-1], halves[::-1], self.num_res_blocks + 1, style)
+        self.decoder = Decoder(pixels, widths_up, halves[::-1], self.num_res_blocks + 1, style)
 
     def __call__(self, video_BTHWC: jax.Array) -> jax.Array:
         """The video decoded from the mean of its latent; `init` of this makes the parameters of both halves."""
@@ -284,6 +289,8 @@ class Style:
     convolution: str
     grouping: str
     shortcuts: bool
+    last_shortcut: bool
+    upsampling_halves: bool
     middle_attention: bool
     remat: str
     dtype: Any
@@ -312,7 +319,9 @@ class Encoder(nn.Module):
         x = CausalConv(self.widths[0], edge, dtype=style.dtype, name="conv_in")(x)
         for i, (width, half) in enumerate(itertools.zip_longest(self.widths, self.halves, fillvalue=(False, False))):
             x = constrain(x, *SPLIT)
-            x = style.stage(DownStage)(width, self.num_blocks, *half, style, name=f"stage_{i}")(x)
+            last = i == len(self.widths) - 1
+            shortcut = style.shortcuts and (any(half) or (last and style.last_shortcut))
+            x = style.stage(DownStage)(width, self.num_blocks, *half, shortcut, style, name=f"stage_{i}")(x)
         x = style.stage(Middle)(style, name="middle")(x)
         x = nn.silu(RMSNorm(name="norm_out")(x))
         return CausalConv(self.features, edge, dtype=style.dtype, name="conv_out")(x)
@@ -332,7 +341,8 @@ class Decoder(nn.Module):
         x = style.stage(Middle)(style, name="middle")(x)
         for i, (width, double) in enumerate(itertools.zip_longest(self.widths, self.doubles, fillvalue=(False, False))):
             x = constrain(x, *SPLIT)
-            x = style.stage(UpStage)(width, self.num_blocks, *double, style, name=f"stage_{i}")(x)
+            shortcut = style.shortcuts and any(double)
+            x = style.stage(UpStage)(width, self.num_blocks, *double, shortcut, style, name=f"stage_{i}")(x)
         x = nn.silu(RMSNorm(name="norm_out")(x))
         return CausalConv(self.features, edge, dtype=style.dtype, name="conv_out")(x)
 
@@ -347,6 +357,7 @@ class DownStage(nn.Module):
     num_blocks: int
     space: bool
     time: bool
+    shortcut: bool
     style: Style
 
     @nn.compact
@@ -362,13 +373,13 @@ class DownStage(nn.Module):
                 x = jnp.concatenate([x[:, :1], conv(x[:, 1:], past=x[:, :1])], axis=1)
             else:
                 x = conv(x)
-        if self.style.shortcuts and (self.space or self.time):
+        if self.shortcut:
             x += _gather(entered, self.width, 1 + self.time, 1 + self.space)
         return x
 
 
 class UpStage(nn.Module):
-    """Residual blocks; then time is doubled, then space (nearest neighbour, convolution to half the channels).
+    """Residual blocks; then time is doubled, then space (nearest neighbour, convolution, to half the channels or all).
 
     A convolution to twice the channels gives two frames for one. In causal grouping frame 0 passes as it is, and the
     convolution, which never sees it, has zeros in its place (Wan's rule).
@@ -378,6 +389,7 @@ class UpStage(nn.Module):
     num_blocks: int
     space: bool
     time: bool
+    shortcut: bool
     style: Style
 
     @nn.compact
@@ -394,8 +406,9 @@ class UpStage(nn.Module):
                 x = _unfold_time(conv(x))
         if self.space:
             x = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
-            x = CausalConv(self.width // 2, (1, 3, 3), dtype=self.style.dtype, name="space")(x)
-        if self.style.shortcuts and (self.space or self.time):
+            width = self.width // 2 if self.style.upsampling_halves else self.width
+            x = CausalConv(width, (1, 3, 3), dtype=self.style.dtype, name="space")(x)
+        if self.shortcut:
             x += _spread(entered, x.shape[-1], 1 + self.time, 1 + self.space)[:, int(first_alone) :]
         return x
 
@@ -461,6 +474,7 @@ def _gather(x: jax.Array, width: int, time: int, space: int) -> jax.Array:
     """
     x = jnp.pad(x, ((0, 0), (x.shape[1] % time, 0), (0, 0), (0, 0), (0, 0)))
     B, T, H, W, C = x.shape
+    _divides(width, C * time * space**2)
     cut = x.reshape(B, T // time, time, H // space, space, W // space, space, C).transpose(0, 1, 3, 5, 7, 2, 4, 6)
     return cut.reshape(*cut.shape[:4], width, -1).mean(axis=-1)
 
@@ -468,8 +482,17 @@ def _gather(x: jax.Array, width: int, time: int, space: int) -> jax.Array:
 def _spread(x: jax.Array, width: int, time: int, space: int) -> jax.Array:
     """A shortcut past an upsampling: channels repeated until they fill ``width`` at every new position."""
     B, T, H, W, C = x.shape
+    _divides(C, width * time * space**2)
     x = jnp.repeat(x, width * time * space**2 // C, axis=-1).reshape(B, T, H, W, width, time, space, space)
     return x.transpose(0, 1, 5, 2, 6, 3, 7, 4).reshape(B, T * time, H * space, W * space, width)
+
+
+def _divides(width: int, gathered: int) -> None:
+    if gathered % width:
+        raise ValueError(
+            f"shortcuts=True: {gathered} channels can't be shared out equally among {width}, so use multipliers that "
+            "are powers of 2."
+        )
 
 
 def _chunks(total: int, sizes: int | Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -498,5 +521,7 @@ def _check(model: Autoencoder) -> None:
     ):
         if getattr(model, name) not in options:
             raise ValueError(f"{name}={getattr(model, name)!r}: expected one of {options}.")
-    if any(model.width * m % 2 for m, down in zip(model.multipliers[1:], model.spatial_down, strict=True) if down):
-        raise ValueError(f"width={model.width}: upsampling halves channels, so use an even width.")
+    width = model.decoder_width or model.width
+    odd = any(width * m % 2 for m, down in zip(model.multipliers[1:], model.spatial_down, strict=True) if down)
+    if odd and model.upsampling_halves:
+        raise ValueError(f"width={width}: upsampling halves channels, so use an even width.")

@@ -91,7 +91,7 @@ def drawn(name: str, shape: tuple[int, ...]) -> np.ndarray:
         values = np.exp(0.3 * values)
     elif name == "logit_scale":
         values = np.asarray(1.7)
-    elif len(shape) == 1 and name.endswith("weight"):
+    elif (len(shape) == 1 and name.endswith("weight")) or name.endswith("gamma"):
         values = 1 + 0.2 * values
     elif len(shape) >= 2 and not name.endswith("embedding.weight"):
         values = values / math.sqrt(math.prod(shape[1:]))
