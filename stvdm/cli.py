@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one console command: `stvdm generate | train | supervise | preprocess | evaluate | ablate | plan | data`.
+"""The one console command: `stvdm generate | train | supervise | preprocess | lora | evaluate | ablate | plan |
+data`.
 
     stvdm generate "a red ball bounces to the right"
     stvdm train autoencoder --config=configs/quickstart.py:autoencoder --workdir=runs/autoencoder --config.seed=1
@@ -95,6 +96,7 @@ def parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_supervise(commands)
     _add_preprocess(commands)
+    _add_lora(commands)
     _add_evaluate(commands)
     _add_ablate(commands)
     _add_plan(commands)
@@ -122,6 +124,7 @@ def _add_generate(commands: Any) -> None:
     command.add_argument("--height", type=_count, metavar="H", help="pixels")
     command.add_argument("--width", type=_count, metavar="W", help="pixels")
     command.add_argument("--output", default="outputs", metavar="DIR", help="folder to write to (default: outputs)")
+    _add_adapters(command)
     command.add_argument(
         "--tower", metavar="DIR", help="the published tower that reads its prompts, if not where it lay in training"
     )
@@ -136,7 +139,9 @@ def _generate(args: argparse.Namespace) -> None:
 
     with _progress() as show:
         show("loading the model")
-        loaded = pipeline.Pipeline.load(None if args.checkpoint == BUNDLED else args.checkpoint, tower=args.tower)
+        loaded = pipeline.Pipeline.load(
+            None if args.checkpoint == BUNDLED else args.checkpoint, tower=args.tower, adapters=args.lora
+        )
         show("compiling")
         result = loaded.generate(
             args.prompts,
@@ -289,7 +294,7 @@ def _supervise(args: argparse.Namespace) -> int:
     )
 
 
-# ---------------------------------------------------------------------------------------------- preprocess and evaluate
+# ---------------------------------------------------------------------------------------------------------- preprocess
 
 
 def _add_preprocess(commands: Any) -> None:
@@ -340,9 +345,10 @@ def _preprocess(args: argparse.Namespace) -> None:
 
     params, description = checkpoint.load_model(pipeline.model_folder(folder))
     autoencoder = pipeline.autoencoder_of(description["autoencoder"])
-    made_by, reader = {"autoencoder": description["sha256"]}, None
-    if config.kind == "dit" and config.text.tower:
-        reader = pipeline.reader_of(config.to_dict()).on()
+    made_by: dict[str, Any] = {"autoencoder": description["sha256"]}
+    reader = pipeline.reader_of(config.to_dict()) if config.kind == "dit" else None
+    if reader is not None:
+        reader = reader.on()
         made_by["text"] = towers.identity(config.text.tower, max_tokens=config.text.max_tokens)
 
     @jax.jit
@@ -365,6 +371,102 @@ def _preprocess(args: argparse.Namespace) -> None:
             on_progress=lambda done, total: show(f"encoding {done}/{total}", over=done == total),
         )
     print(json.dumps(about, indent=2, default=_plain))
+
+
+# ---------------------------------------------------------------------------------------------------------------- lora
+
+LORA_FORMATS = ("comfyui", "peft", "diffusers")
+
+
+def _add_lora(commands: Any) -> None:
+    command = _command(
+        commands,
+        "lora",
+        _lora,
+        "low-rank adapters: from the files of others, into them, or into the weights they are for",
+        "stvdm lora export --from=runs/adapters --to=style.safetensors --format=comfyui",
+        "They are trained with --config.lora.rank and --config.start_from, and sampled with `stvdm generate --lora`.",
+    )
+    command.add_argument(
+        "action",
+        choices=("import", "export", "merge"),
+        help="import: a file, for the model --base; export: a run's; merge: --lora into the weights of --base",
+    )
+    command.add_argument("--from", dest="source", metavar="PATH", help="a file or folder of safetensors; a run")
+    command.add_argument("--base", metavar="DIR", help="the model that they are for")
+    command.add_argument("--to", required=True, metavar="PATH", help="a file (or, for PEFT, a folder); else a folder")
+    command.add_argument("--format", choices=LORA_FORMATS, default="comfyui", help="of an export (default: comfyui)")
+    _add_adapters(command)
+
+
+def _add_adapters(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--lora",
+        type=_weighted,
+        action="append",
+        default=[],
+        metavar="DIR[:WEIGHT]",
+        help="adapters, and how much of them (default 1); may be given several times",
+    )
+
+
+def _lora(args: argparse.Namespace) -> None:
+    needed = {"import": ("source", "base"), "export": ("source",), "merge": ("base", "lora")}[args.action]
+    missing = [{"source": "from"}.get(name, name) for name in needed if not getattr(args, name)]
+    if missing:
+        raise ValueError(f"lora {args.action}: --{' and --'.join(missing)} missing; it says what to {args.action}")
+    from stvdm import checkpoint
+    from stvdm.interop import lora as files
+    from stvdm.interop import mapping
+    from stvdm.models import lora
+    from stvdm.sampling import pipeline
+
+    if args.action == "merge":
+        params, description = checkpoint.load_model(pipeline.model_folder(args.base))
+        adapters = [(pipeline.adapters_of(place, description["sha256"]), weight) for place, weight in args.lora]
+        merged = lora.merged({"dit": params["dit"]}, adapters)
+        checkpoint.save_model(args.to, {**params, **merged}, description)
+    elif args.action == "import":
+        about = _described(args.base)
+        trained = files.from_foreign(mapping.read(args.source), _tables(about))
+        said = {"kind": "lora", "base": args.base, "base_sha256": about["sha256"]}
+        said |= {name: about[name] for name in ("autoencoder", "config")}
+        checkpoint.save_model(args.to, trained, said)
+    else:
+        params, about = checkpoint.load_model(pipeline.model_folder(args.source))
+        if about["kind"] != "lora":
+            raise ValueError(f"--from={args.source}: a model of kind {about['kind']!r}, expected adapters, 'lora'")
+        files.write(args.to, files.to_foreign(params, _tables(about), args.format), args.format)
+    print(args.to)
+
+
+def _described(folder: str) -> dict[str, Any]:
+    """model.json of a model."""
+    from stvdm import checkpoint
+    from stvdm.sampling import pipeline
+
+    return json.loads((pipeline.model_folder(folder) / checkpoint.DESCRIPTION).read_text())
+
+
+def _tables(about: dict[str, Any]) -> dict[str, Any]:
+    """What each tensor of a model is called by the authors of Wan and by diffusers."""
+    from stvdm.interop import wan
+    from stvdm.sampling import pipeline
+
+    channels = pipeline.autoencoder_of(about["autoencoder"]).latent_channels
+    dit = pipeline.build(about["config"], latent_channels=channels, num_words=3).dit
+    return {"original": wan.pairs(dit, "original"), "diffusers": wan.pairs(dit, "diffusers")}
+
+
+def _weighted(text: str) -> tuple[str, float]:
+    """DIR or DIR:WEIGHT; a DIR may have colons of its own."""
+    folder, colon, weight = text.rpartition(":")
+    with contextlib.suppress(ValueError):
+        return (folder, float(weight)) if colon else (text, 1.0)
+    return text, 1.0
+
+
+# ------------------------------------------------------------------------------------------------------------ evaluate
 
 
 def _add_evaluate(commands: Any) -> None:

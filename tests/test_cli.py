@@ -90,8 +90,8 @@ def generated(stand_in):
 
     class Pipeline:
         @classmethod
-        def load(cls, checkpoint):
-            noted["checkpoint"] = checkpoint
+        def load(cls, checkpoint, **more):
+            noted["checkpoint"], noted["more"] = checkpoint, more
             return cls()
 
         def generate(self, prompts, *, num, progress, **settings):
@@ -163,7 +163,7 @@ def test_generate_passes_its_options_on_and_leaves_the_rest_to_the_checkpoint(tm
 def test_a_refusal_of_the_library_is_one_line_and_status_2(stand_in, capsys):
     class Pipeline:
         @staticmethod
-        def load(checkpoint):
+        def load(checkpoint, **more):
             raise FileNotFoundError(f"checkpoint={checkpoint}: expected a folder")
 
     stand_in("stvdm.sampling.pipeline", Pipeline=Pipeline)
@@ -292,7 +292,7 @@ def test_interrupting_is_not_an_error(config_file, stand_in, capsys):
     assert "interrupted" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------------ preprocess, evaluate
+# ---------------------------------------------------------------------------------------------------------- preprocess
 
 
 def test_preprocess_writes_the_latents_that_the_autoencoder_makes(tmp_path, capsys):
@@ -350,6 +350,59 @@ def test_preprocess_takes_the_autoencoder_of_the_config(config_file, capsys):
     assert "runs/ae: expected an exported model" in failure(
         capsys, "preprocess", f"--config={config_file}", "--out=latents"
     )
+
+
+def test_hosts_are_counted_from_0(config_file, capsys):
+    for said in ("2/2", "1", "a/b"):
+        with pytest.raises(SystemExit):
+            cli.main(["preprocess", f"--config={config_file}", "--out=latents", f"--host={said}"])
+        assert f"{said!r}: expected I/N with I from 0 to N - 1, e.g. 0/4" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------- lora
+
+
+def test_generate_takes_several_adapters_with_weights_and_a_tower(generated, tmp_path):
+    words = ["generate", "x", f"--output={tmp_path}", "--lora=runs/a:0.5", "--lora=gs://b/c", "--tower=umt5"]
+    assert cli.main(words) == 0
+    assert generated["more"] == {"adapters": [("runs/a", 0.5), ("gs://b/c", 1.0)], "tower": "umt5"}
+
+
+def test_adapters_go_out_and_come_in_and_melt_into_weights(tiny_model, tmp_path, capsys):
+    import jax
+
+    from stvdm import checkpoint
+    from stvdm.models import lora
+
+    base, description = checkpoint.load_model(tiny_model)
+    kernel = base["dit"]["layers"]["block_0"]["mlp_in"]["kernel"]
+    rng = np.random.default_rng(0)
+    halves = {
+        "down": rng.normal(size=(*kernel.shape[:2], 3)).astype(np.float32),
+        "up": rng.normal(size=(kernel.shape[0], 3, kernel.shape[2])).astype(np.float32),
+    }
+    trained = {"dit": {"layers": {"block_0": {"mlp_in": halves}}}}
+    about = {name: description[name] for name in ("autoencoder", "config")}
+    about |= {"kind": "lora", "base": str(tiny_model), "base_sha256": description["sha256"]}
+    checkpoint.save_model(tmp_path / "run" / "model", trained, about)
+    assert cli.main(["lora", "export", f"--from={tmp_path}/run", f"--to={tmp_path}/style.safetensors"]) == 0
+    words = ["lora", "import", f"--from={tmp_path}/style.safetensors", f"--base={tiny_model}", f"--to={tmp_path}/back"]
+    assert cli.main(words) == 0
+    read, said = checkpoint.load_model(tmp_path / "back")
+    assert said == about | {"sha256": said["sha256"]}
+    jax.tree.map(np.testing.assert_array_equal, read, trained)
+    words = ["lora", "merge", f"--base={tiny_model}", f"--lora={tmp_path}/back:0.5", f"--to={tmp_path}/merged"]
+    assert cli.main(words) == 0
+    merged, said = checkpoint.load_model(tmp_path / "merged")
+    assert said["kind"] == "dit"
+    expected = lora.merged({"dit": base["dit"]}, [(trained, 0.5)])
+    jax.tree.map(np.testing.assert_array_equal, merged["dit"], expected["dit"])
+    jax.tree.map(np.testing.assert_array_equal, merged["autoencoder"], base["autoencoder"])
+    assert "expected adapters, 'lora'" in failure(capsys, "lora", "export", f"--from={tiny_model}", "--to=x")
+    assert "--base and --lora missing" in failure(capsys, "lora", "merge", "--to=x")
+
+
+# ------------------------------------------------------------------------------------------------------------ evaluate
 
 
 def test_evaluate_passes_everything_on(calls):
@@ -530,7 +583,7 @@ def test_data_check_prints_what_would_be_skipped(tmp_path, capsys):
 
 
 def test_help_of_every_command_has_an_example_that_parses(capsys):
-    plain = ("generate", "train", "supervise", "preprocess", "evaluate", "ablate", "plan")
+    plain = ("generate", "train", "supervise", "preprocess", "lora", "evaluate", "ablate", "plan")
     for command in (*plain, "data kinetic_shapes", "data check"):
         with pytest.raises(SystemExit) as stopped:
             cli.main([*command.split(), "--help"])

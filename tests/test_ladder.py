@@ -14,6 +14,7 @@ LADDER = """
     config
     checkpoint
     models.linear
+    models.lora
     models.patterns
     models.attention_kernels
     models.context_parallel
@@ -40,6 +41,7 @@ LADDER = """
     interop.weights
     interop.wan
     interop.towers
+    interop.lora
     diffusion.flow
     diffusion.schedules
     diffusion.guidance
