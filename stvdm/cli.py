@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one console command: `stvdm generate | train | supervise | preprocess | evaluate | ablate | plan | data`.
+"""The one console command: `stvdm generate | train | supervise | preprocess | lora | evaluate | ablate | plan |
+data`.
 
     stvdm generate "a red ball bounces to the right"
     stvdm train autoencoder --config=configs/quickstart.py:autoencoder --workdir=runs/autoencoder --config.seed=1
@@ -27,9 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import stvdm
-from stvdm.commands import ablate, data, evaluate, generate, plan, preprocess, supervise, train
+from stvdm.commands import ablate, data, evaluate, generate, lora, plan, preprocess, supervise, train
 
-COMMANDS = (generate, train, supervise, preprocess, evaluate, ablate, plan, data)
+COMMANDS = (generate, train, supervise, preprocess, lora, evaluate, ablate, plan, data)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -50,6 +50,11 @@ def dit() -> ConfigDict:
     config.autoencoder = ""  # folder of a trained autoencoder: its run, or its exported model
     config.start_from = ""  # folder of a trained model to start from; weights that it does not have start fresh
     config.train_only = ""  # a regular expression: the weights that are trained, by their path in the model's file
+    config.lora = _section(  # low-rank adapters, trained beside the weights of `start_from`, which stay as they are
+        rank=0,  # 0: none, the weights themselves are trained
+        targets="attention|mlp",  # a regular expression: the transformer's linear layers that get one, by their path
+        scale=1.0,  # of what they add: what files call alpha / rank
+    )
     config.model = _section(
         network="dit",  # a spacetime transformer; `unet` has the keys of the other kind
         patch=(1, 2, 2),  # latent positions along time, height, width in one token
@@ -410,10 +415,17 @@ def _dit_problems(config: ConfigDict) -> Iterator[str]:
         yield f"flow.caption_dropout={flow.caption_dropout}: expected 0 <= share < 1."
     if not config.autoencoder:
         yield "autoencoder='': name the folder of a trained autoencoder (`stvdm train autoencoder` makes one)."
-    try:
-        re.compile(config.train_only)
-    except re.error as error:
-        yield f"train_only={config.train_only!r}: expected a regular expression; {error}."
+    for where, expression in (("train_only", config.train_only), ("lora.targets", config.lora.targets)):
+        try:
+            re.compile(expression)
+        except re.error as error:
+            yield f"{where}={expression!r}: expected a regular expression; {error}."
+    if config.lora.rank < 0 or config.lora.scale <= 0:
+        yield f"lora={config.lora.to_dict()}: expected rank of at least 0 (none), and scale above 0."
+    if config.lora.rank and not config.start_from:
+        yield f"start_from='': lora.rank={config.lora.rank} needs the folder of the model that adapters are for."
+    if config.lora.rank and config.train_only:
+        yield f"train_only={config.train_only!r}: with lora.rank={config.lora.rank} choose layers by lora.targets."
 
 
 def _transformer_problems(model: ConfigDict) -> Iterator[str]:

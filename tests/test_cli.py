@@ -14,7 +14,7 @@ from stvdm import cli
 def test_a_refusal_of_the_library_is_one_line_and_status_2(stand_in, failure):
     class Pipeline:
         @staticmethod
-        def load(checkpoint, tower=None):
+        def load(checkpoint, **more):
             raise FileNotFoundError(f"checkpoint={checkpoint}: expected a folder")
 
     stand_in("stvdm.sampling.pipeline", Pipeline=Pipeline)
@@ -113,7 +113,7 @@ def test_the_process_that_begins_once_more_runs_the_command():
 
 
 def test_help_of_every_command_has_an_example_that_parses(capsys):
-    plain = ("generate", "train", "supervise", "preprocess", "evaluate", "ablate", "plan")
+    plain = ("generate", "train", "supervise", "preprocess", "lora", "evaluate", "ablate", "plan")
     for command in (*plain, "data kinetic_shapes", "data check"):
         with pytest.raises(SystemExit) as stopped:
             cli.main([*command.split(), "--help"])

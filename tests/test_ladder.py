@@ -14,6 +14,7 @@ LADDER = """
     config
     checkpoint
     models.linear
+    models.lora
     models.patterns
     models.attention_kernels
     models.context_parallel
@@ -41,6 +42,7 @@ LADDER = """
     interop.wan
     interop.wan_autoencoder
     interop.towers
+    interop.lora
     diffusion.flow
     diffusion.schedules
     diffusion.guidance
@@ -103,6 +105,7 @@ LADDER = """
     commands.train
     commands.supervise
     commands.preprocess
+    commands.lora
     commands.evaluate
     commands.ablate
     commands.plan

@@ -33,6 +33,7 @@ def add(commands: Any) -> None:
     command.add_argument("--height", type=parts.count, metavar="H", help="pixels")
     command.add_argument("--width", type=parts.count, metavar="W", help="pixels")
     command.add_argument("--output", default="outputs", metavar="DIR", help="folder to write to (default: outputs)")
+    parts.add_adapters(command)
     command.add_argument(
         "--tower", metavar="DIR", help="the published tower that reads its prompts, if not where it lay in training"
     )
@@ -47,7 +48,9 @@ def run(args: argparse.Namespace) -> None:
 
     with parts.progress() as show:
         show("loading the model")
-        loaded = pipeline.Pipeline.load(None if args.checkpoint == parts.BUNDLED else args.checkpoint, tower=args.tower)
+        loaded = pipeline.Pipeline.load(
+            None if args.checkpoint == parts.BUNDLED else args.checkpoint, tower=args.tower, adapters=args.lora
+        )
         show("compiling")
         result = loaded.generate(
             args.prompts,

@@ -50,6 +50,18 @@ def add_sampling(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_adapters(command: argparse.ArgumentParser) -> None:
+    """--lora, several times."""
+    command.add_argument(
+        "--lora",
+        type=weighted,
+        action="append",
+        default=[],
+        metavar="DIR[:WEIGHT]",
+        help="adapters, and how much of them (default 1); may be given several times",
+    )
+
+
 def count(text: str) -> int:
     """A whole number of at least 1, for argparse."""
     try:
@@ -59,6 +71,14 @@ def count(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
     return number
+
+
+def weighted(text: str) -> tuple[str, float]:
+    """DIR or DIR:WEIGHT; a DIR may have colons of its own."""
+    folder, colon, weight = text.rpartition(":")
+    with contextlib.suppress(ValueError):
+        return (folder, float(weight)) if colon else (text, 1.0)
+    return text, 1.0
 
 
 def plain(value: Any) -> Any:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A linear layer that says how its weight is split over a mesh, and whose gradient is one plain matrix product.
 
-y = x W + b        over the last dimension
+y = x W + b        over the last dimension;  + (x A) B where a low-rank adapter lies beside W (`models.lora`)
 
 y_BNF = linear(F, "width", "mlp", name="mlp_in")(x_BND)
 """
@@ -19,6 +19,18 @@ from stvdm.sharding import partitioned
 xavier, zeros = nn.initializers.xavier_uniform(), nn.initializers.zeros
 
 
+class Linear(nn.Dense):
+    """A Dense layer that also passes through what lies beside its kernel under "down" and "up"."""
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        y = super().__call__(inputs)
+        if self.has_variable("params", "down"):
+            down, up = (self.get_variable("params", name).astype(y.dtype) for name in ("down", "up"))
+            last_by_first = (((inputs.ndim - 1,), (0,)), ((), ()))
+            y += _dot_general(_dot_general(inputs.astype(y.dtype), down, last_by_first), up, last_by_first)
+        return y
+
+
 def linear(
     features: int,
     axis_in: str | None,
@@ -29,12 +41,12 @@ def linear(
     dtype: jax.typing.DTypeLike = jnp.float32,
     use_bias: bool = True,
 ) -> nn.Dense:
-    """A Dense layer in ``dtype`` with float32 parameters; the axes are logical names of `sharding.AXIS_RULES`.
+    """A linear layer in ``dtype`` with float32 parameters; the axes are logical names of `sharding.AXIS_RULES`.
 
     Args:
       name: of its parameters; in a module's ``setup`` that is the attribute's.
     """
-    return nn.Dense(
+    return Linear(
         features,
         use_bias=use_bias,
         dtype=dtype,

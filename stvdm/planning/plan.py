@@ -100,6 +100,8 @@ class Outline:
     parameters: dict[str, int]  # by part
     step_flops: dict[str, float]  # of a whole step, all devices, by part; the first bucket
     model_flops: float
+    state_bytes: int  # one copy of what a run keeps from step to step: weights that are trained, averages, moments
+    frozen_bytes: int  # and of what it reads and leaves as it is
 
     def to_json(self) -> dict[str, Any]:
         clips = [
@@ -133,7 +135,13 @@ def outline(config: ConfigDict, coder: Autoencoder) -> Outline:
         parameters=parameters_by_part(params),
         step_flops=step,
         model_flops=program.work(arguments[1])["flops"],
+        state_bytes=_bytes(arguments[0]),
+        frozen_bytes=_bytes(arguments[2:]),
     )
+
+
+def _bytes(tree: Tree) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _program(config: ConfigDict, coder: Autoencoder, mesh: Mesh | None) -> tuple[Program, tuple[Any, ...]]:
@@ -162,6 +170,8 @@ def _program(config: ConfigDict, coder: Autoencoder, mesh: Mesh | None) -> tuple
         name: jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=splits[0]) for name, (shape, dtype) in rows.items()
     }
     frozen = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=splits[1]), frozen)
+    if config.kind == "dit" and config.lora.rank:
+        frozen[0]["base"] = train_dit.base_shapes(config, coder, mesh or sharding.make_mesh())
     return program, (state_lib.abstract_state(program, mesh or sharding.make_mesh()), examples, *frozen)
 
 

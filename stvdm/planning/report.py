@@ -45,6 +45,11 @@ def as_text(report: Json) -> str:
         lines.append("of these the first, the largest, is what follows:")
     total, flops = sum(report["parameters"].values()), sum(report["step_flops"].values())
     lines.append(f"parameters: {short(total)}: " + _shares(report["parameters"], total))
+    if "state_bytes" in report:  # plans that were kept from before do not say
+        lines.append(
+            f"one copy of what is kept from step to step: {gib(report['state_bytes'])} GiB of weights that are "
+            f"trained, their average and moments; {gib(report['frozen_bytes'])} of what stays as it is"
+        )
     lines.append(
         f"a step: {short(flops)}FLOP, of these {short(report['model_flops'])} of the model: "
         + _shares(report["step_flops"], flops)

@@ -29,7 +29,7 @@ from etils import epath
 from stvdm import checkpoint, shapes
 from stvdm.diffusion import flow, guidance, samplers, schedules
 from stvdm.interop import towers
-from stvdm.models import autoencoder3d
+from stvdm.models import autoencoder3d, lora
 from stvdm.models.autoencoder3d import Autoencoder
 from stvdm.models.dit import DiT
 from stvdm.models.quantized import quantized
@@ -218,22 +218,35 @@ class Pipeline:
     reader: towers.Reader | None = None
 
     @classmethod
-    def load(cls, path: epath.PathLike | None = None, *, tower: epath.PathLike | None = None) -> Pipeline:
+    def load(
+        cls,
+        path: epath.PathLike | None = None,
+        *,
+        tower: epath.PathLike | None = None,
+        adapters: Sequence[tuple[epath.PathLike, float]] = (),
+    ) -> Pipeline:
         """The model in a folder: an exported one, or the run that exported it; without a path the bundled one.
 
         Args:
           tower: where the published tower lies that reads its prompts, if not where it lay in training.
+          adapters: folders of trained adapters, each with its weight. They stay beside the model's weights;
+            `lora.merged` adds them up. A path of adapters alone is that of their base, with them.
 
         Raises:
           FileNotFoundError: if there is no model, or not its tower.
           ValueError: if the files are damaged, or the model is an autoencoder alone.
         """
         params, description = checkpoint.load_model(bundled() if path is None else model_folder(path))
+        if description["kind"] == "lora":
+            adapters = [(path or "", 1.0), *adapters]
+            params, description = checkpoint.load_model(model_folder(description["base"]))
         if description["kind"] != "dit":
             raise ValueError(
                 f"{path}: this is a model of kind {description['kind']!r}, which makes no videos by itself; "
                 "train a transformer on it with `stvdm train dit`, and give that folder."
             )
+        trained = [(adapters_of(place, description["sha256"]), weight) for place, weight in adapters]
+        params = {**params, **lora.beside({"dit": params["dit"]}, trained)}
         reader = reader_of(description["config"], tower)
         return cls.of(params, description, reader=reader and reader.on())
 
@@ -380,6 +393,27 @@ class Pipeline:
             problem = self.tokenizer.problem(prompt)
             if problem:
                 raise ValueError(problem)
+
+
+def adapters_of(path: epath.PathLike, base: str) -> Tree:
+    """The adapters in the folder of a run or of an export; a warning if they were trained beside other weights.
+
+    Args:
+      base: the digest of the weights that they are for now.
+
+    Raises:
+      ValueError: if it holds a model of another kind.
+    """
+    params, description = checkpoint.load_model(model_folder(path))
+    if description["kind"] != "lora":
+        raise ValueError(f"{path}: a model of kind {description['kind']!r}, expected adapters, 'lora'.")
+    if description.get("base_sha256") not in (None, base):
+        warnings.warn(
+            f"{path}: these adapters were trained beside weights of sha256 {description['base_sha256'][:12]}..., "
+            f"not beside {base[:12]}..., and may do other than there.",
+            stacklevel=3,
+        )
+    return params
 
 
 def autoencoder_of(model: Mapping[str, Any]) -> Autoencoder:

@@ -9,13 +9,15 @@ In ``workdir``: ``checkpoints/`` to go on from, ``metrics.jsonl``, ``tensorboard
 ``config.sample.previews`` or of held-out captions), ``model/`` (the averaged weights together with the autoencoder:
 what `stvdm generate` loads). The latents are read ready-made (``data.source="latents"``) or encoded in the step.
 
+With ``lora.rank`` low-rank adapters are trained beside the weights of ``start_from``: those are no part of the state,
+have no moments, no average and no gradient, and ``model/`` holds the adapters alone.
+
 Where a published tower reads the captions (``text.tower``) it is frozen, and no part of the step: what it makes of them
 lies beside the latents (`stvdm preprocess`), or is computed before each step.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -26,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from flax import traverse_util
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -35,7 +38,7 @@ from stvdm.data.loader import Loader
 from stvdm.data.records import read_metadata
 from stvdm.diffusion import flow
 from stvdm.interop import towers
-from stvdm.models import autoencoder3d
+from stvdm.models import autoencoder3d, lora
 from stvdm.models.autoencoder3d import Autoencoder
 from stvdm.models.text_encoders import WordTokenizer, collect_words
 from stvdm.planning.flops import model_flops
@@ -67,15 +70,17 @@ def program(config: ConfigDict, coder: Autoencoder) -> Program:
     models = pipeline.build(settings, latent_channels=coder.latent_channels, num_words=tokenizer.vocabulary_size)
     latents_of = latent_reader(coder, ready=config.data.source == "latents")
     null = no_caption(config)
-    latent_thw = coder.latent_shape(tuple(config.data.buckets[0][:3]))
+    fresh = initialiser(config, coder)
 
     def init() -> Tree:
-        key_dit, key_text = jax.random.split(jax.random.key(config.seed))
-        text = {} if models.text is None else {"text": models.text.init(key_text, *null)["params"]}
-        latent_Bthwz = jnp.zeros((1, *latent_thw, coder.latent_channels))
-        text_BSE = jnp.zeros((1, config.text.max_tokens, config.text.width))
-        time_BK = jnp.zeros((1, 1))
-        return {"dit": models.dit.init(key_dit, latent_Bthwz, time_BK, None, text_BSE)["params"], **text}
+        if not config.lora.rank:
+            return fresh()
+        key, base = state_lib.stream(config.seed, 0, "adapters"), jax.eval_shape(fresh)
+        return lora.fresh(key, {"dit": base["dit"]}, rank=config.lora.rank, targets=config.lora.targets)
+
+    def whole(params: Tree, frozen: Tree) -> Tree:
+        """All weights: those that are trained, and those that they lie beside."""
+        return lora.beside(frozen["base"], [(params, config.lora.scale)]) if config.lora.rank else params
 
     # Loss.
     objective = pipeline.objective(settings["flow"])
@@ -114,23 +119,23 @@ def program(config: ConfigDict, coder: Autoencoder) -> Program:
 
     # Step.
     optimizer, rate = state_lib.make_optimizer(config.optimizer, config.total_steps, train_only=config.train_only)
-    gradient = functools.partial(state_lib.accumulated_grad, num_micro=config.optimizer.accumulate)
+
+    def gradient(frozen: Tree) -> Callable[[Tree, Tree, jax.Array], tuple[Tree, Metrics]]:
+        def here(params: Tree, batch: Tree, key: jax.Array) -> tuple[jax.Array, Metrics]:
+            return loss(whole(params, frozen), batch, key, frozen.get("null", null))
+
+        return state_lib.accumulated_grad(here, config.optimizer.accumulate)
 
     def kept(params: Tree) -> Tree:
         """The kernels of the transformer's layers in halves, where products are in bfloat16."""
 
-        def is_halved(path: Any) -> bool:
-            names = [entry.key for entry in path]
-            return names[0] == "dit" and names[1].startswith("layers") and names[-1] == "kernel"
-
-        return split_weights.split(params, is_halved) if config.model.dtype == "bfloat16" else params
+        return split_weights.split(params, is_multiplied) if config.model.dtype == "bfloat16" else params
 
     def train_step(state: State, batch: Tree, frozen: Tree) -> tuple[State, Metrics]:
         batch = {**batch, "latent": latents_of(frozen, batch)}
         batch.pop("video", None)
         rate_now = rate(state.step - state.num_skipped)
-        objective = functools.partial(loss, null=frozen["null"]) if "null" in frozen else loss
-        grads, metrics = gradient(objective)(state.params, batch, state_lib.stream(config.seed, state.step, "flow"))
+        grads, metrics = gradient(frozen)(state.params, batch, state_lib.stream(config.seed, state.step, "flow"))
         state, taken = state_lib.update(
             state, grads, loss=metrics["loss"], optimizer=optimizer, ema_decay=config.ema_decay
         )
@@ -138,7 +143,7 @@ def program(config: ConfigDict, coder: Autoencoder) -> Program:
 
     # Evaluation: at fixed times, with fixed noise.
     def held_out_loss(params: Tree, batch: Tree, frozen: Tree, key: jax.Array) -> Metrics:
-        latent = latents_of(frozen, batch)
+        latent, params = latents_of(frozen, batch), whole(params, frozen)
         scores = {}
         for t in EVAL_TIMES:
             time = jnp.full(latent.shape[:1], t)
@@ -151,8 +156,13 @@ def program(config: ConfigDict, coder: Autoencoder) -> Program:
         clips = batch["tokens"].shape[0]
         latent = batch["latent"].shape[1:4] if "latent" in batch else coder.latent_shape(batch["video"].shape[1:4])
         made = jax.ShapeDtypeStruct((clips, *latent, coder.latent_channels), jnp.float32)
-        params, batch = nn.unbox(jax.eval_shape(init)), {**batch, "latent": made}
-        flops = model_flops(loss, params, batch, gradient=gradient(loss) if config.train_only else None)
+        batch = {**batch, "latent": made}
+        params, base = nn.unbox(jax.eval_shape(lambda: (init(), fresh())))
+        if config.train_only or config.lora.rank:
+            both = {"base": base}, params
+            flops = model_flops(loss, both, batch, gradient=lambda both, *rest: gradient(both[0])(both[1], *rest))
+        else:
+            flops = model_flops(loss, params, batch)
         return {
             "clips": clips,
             "tokens": clips * math.prod(shapes.token_grid(latent, config.model.patch)),
@@ -160,6 +170,24 @@ def program(config: ConfigDict, coder: Autoencoder) -> Program:
         }
 
     return Program(init, optimizer, loss, train_step, held_out_loss, work, kept)
+
+
+def initialiser(config: ConfigDict, coder: Autoencoder) -> Callable[[], Tree]:
+    """Makes the boxed weights of step 0, of the transformer, and of the small text encoder if there is one."""
+    null = no_caption(config)
+    num_words = WordTokenizer(tuple(config.text.words), config.text.max_tokens).vocabulary_size
+    models = pipeline.build(config.to_dict(), latent_channels=coder.latent_channels, num_words=num_words)
+    latent_thw = coder.latent_shape(tuple(config.data.buckets[0][:3]))
+
+    def fresh() -> Tree:
+        key_dit, key_text = jax.random.split(jax.random.key(config.seed))
+        text = {} if models.text is None else {"text": models.text.init(key_text, *null)["params"]}
+        latent_Bthwz = jnp.zeros((1, *latent_thw, coder.latent_channels))
+        text_BSE = jnp.zeros((1, config.text.max_tokens, config.text.width))
+        time_BK = jnp.zeros((1, 1))
+        return {"dit": models.dit.init(key_dit, latent_Bthwz, time_BK, None, text_BSE)["params"], **text}
+
+    return fresh
 
 
 def main(config: ConfigDict, workdir: epath.PathLike) -> None:
@@ -182,7 +210,8 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
         check_buckets(config, coder)
         batches, held_out = state_lib.open_batches(config, mesh)
         check_latents(config, coder_description)
-        start = start_of(config.start_from, coder_params) if config.start_from and before is None else None
+        starts = config.start_from and (before is None or config.lora.rank)
+        start = start_of(config.start_from, coder_params) if starts else None
         config = base.with_words(config, words_of(config, before, start, batches))
         settings = config.to_dict()
         reader = pipeline.reader_of(settings)
@@ -197,12 +226,14 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
         run = program(config, coder)
         state, first_step = state_lib.resume(checkpoints, config, run, mesh, position=batches.position)
         fresh: list[str] = []
-        if start is not None:
+        if start is not None and not config.lora.rank:
             state, fresh = state_lib.start_from(state, start.weights)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
         frozen = jax.device_put(frozen_weights(config, coder_params), sharding.replicated(mesh))
         if known is not None:
             frozen["null"] = jax.device_put(pipeline.read_captions(known, [""], settings), sharding.replicated(mesh))
+        if start is not None and config.lora.rank:
+            frozen["base"] = laid_beside(start.weights, base_shapes(config, coder, mesh))
         train_step = jax.jit(run.step, donate_argnums=0, out_shardings=(shardings, None))
 
         # Evaluation: the loss of held-out clips, and samples of fixed prompts.
@@ -229,7 +260,8 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
         }
 
         def samples(params: Tree, prompts: list[str]) -> np.ndarray:
-            model = Pipeline.of({**coder_params, **frozen, **params}, description, reader=known)
+            networks = lora.beside(frozen["base"], [(params, config.lora.scale)]) if config.lora.rank else params
+            model = Pipeline.of({**coder_params, **frozen, **networks}, description, reader=known)
             batch = len(prompts)
             return model.generate(prompts, batch_size=batch, progress=lambda *_: supervisor.beat()).videos
 
@@ -286,6 +318,16 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
                 telemetry.say(skipped_since)
             with telemetry.timed("export"):
                 model = {**coder_params, **state.ema}
+                if config.lora.rank:
+                    assert start is not None
+                    model = lora.scaled(state.ema, config.lora.scale)
+                    description = {
+                        "kind": "lora",
+                        "base": config.start_from,
+                        "base_sha256": start.digest,
+                        "autoencoder": coder_description["autoencoder"],
+                        "config": settings,
+                    }
                 checkpoint.save_model(workdir / "model", model, description, dtype=config.export_dtype)
             telemetry.say(f"the model is in {workdir / 'model'}")
 
@@ -301,6 +343,7 @@ class Start(NamedTuple):
 
     weights: Tree  # {"dit", "text"}
     words: tuple[str, ...]
+    digest: str
 
 
 def start_of(path: epath.PathLike, coder_params: Tree) -> Start:
@@ -319,13 +362,51 @@ def start_of(path: epath.PathLike, coder_params: Tree) -> Start:
             "config; name the one in that folder as `autoencoder`, or start from another model."
         )
     weights = {name: params[name] for name in ("dit", "text") if name in params}
-    return Start(weights, tuple(description["config"]["text"]["words"]))
+    return Start(weights, tuple(description["config"]["text"]["words"]), description["sha256"])
 
 
 def frozen_weights(config: ConfigDict, coder_params: Tree) -> Tree:
     """What a step reads of an autoencoder: of latents that are ready, their statistics alone."""
     names = ("statistics",) if config.data.source == "latents" else ("autoencoder", "statistics")
     return {name: coder_params[name] for name in names}
+
+
+def is_multiplied(path: Any) -> bool:
+    """Whether a parameter is a kernel of the transformer's layers, which products in bfloat16 read in bfloat16."""
+    names = [entry.key for entry in path]
+    return names[0] == "dit" and names[1].startswith("layers") and names[-1] == "kernel"
+
+
+def base_shapes(config: ConfigDict, coder: Autoencoder, mesh: Mesh) -> Tree:
+    """The weights beside which adapters are trained, as shapes: in the type that products read, split over the mesh."""
+    boxed = jax.eval_shape(initialiser(config, coder))
+    in_half = config.model.dtype == "bfloat16"
+
+    def one(path: Any, leaf: Any, split: Any) -> jax.ShapeDtypeStruct:
+        dtype = jnp.bfloat16 if in_half and is_multiplied(path) else leaf.dtype
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=split)
+
+    return jax.tree_util.tree_map_with_path(one, nn.unbox(boxed), sharding.shardings(boxed, mesh))
+
+
+def laid_beside(weights: Tree, like: Tree) -> Tree:
+    """Weights from a file, as `base_shapes` says.
+
+    Raises:
+      ValueError: naming those that are missing, left over or of another shape.
+    """
+    given, wanted = (traverse_util.flatten_dict(tree, sep="/") for tree in (weights, like))
+    shapes_of = lambda tree: {(name, leaf.shape) for name, leaf in tree.items()}  # noqa: E731
+    if wrong := sorted(shapes_of(given) ^ shapes_of(wanted)):
+        raise ValueError(
+            f"start_from: the model of this config is not the one in that folder; they differ in {wrong[:4]}"
+            f"{f' and {len(wrong) - 4} more' if len(wrong) > 4 else ''}. Make config.model and config.text its own."
+        )
+
+    def put(leaf: np.ndarray, there: Any) -> jax.Array:
+        return jax.make_array_from_callback(leaf.shape, there.sharding, lambda index: leaf[index].astype(there.dtype))
+
+    return jax.tree.map(put, weights, like)
 
 
 def no_caption(config: ConfigDict) -> Captions:

@@ -20,8 +20,8 @@ def generated(stand_in):
 
     class Pipeline:
         @classmethod
-        def load(cls, checkpoint, tower=None):
-            noted["checkpoint"] = checkpoint
+        def load(cls, checkpoint, **more):
+            noted["checkpoint"], noted["more"] = checkpoint, more
             return cls()
 
         def generate(self, prompts, *, num, progress, **settings):
@@ -88,3 +88,9 @@ def test_generate_passes_its_options_on_and_leaves_the_rest_to_the_checkpoint(tm
         "height": 32,
         "width": None,
     }
+
+
+def test_generate_takes_several_adapters_with_weights_and_a_tower(generated, tmp_path):
+    words = ["generate", "x", f"--output={tmp_path}", "--lora=runs/a:0.5", "--lora=gs://b/c", "--tower=umt5"]
+    assert cli.main(words) == 0
+    assert generated["more"] == {"adapters": [("runs/a", 0.5), ("gs://b/c", 1.0)], "tower": "umt5"}

@@ -2,6 +2,7 @@
 """What `stvdm preprocess` writes and refuses."""
 
 import numpy as np
+import pytest
 from flax import linen as nn
 
 from stvdm import cli
@@ -60,3 +61,10 @@ def test_preprocess_without_an_autoencoder_is_refused(config_file, failure):
 
 def test_preprocess_takes_the_autoencoder_of_the_config(config_file, failure):
     assert "runs/ae: expected an exported model" in failure("preprocess", f"--config={config_file}", "--out=latents")
+
+
+def test_hosts_are_counted_from_0(config_file, capsys):
+    for said in ("2/2", "1", "a/b"):
+        with pytest.raises(SystemExit):
+            cli.main(["preprocess", f"--config={config_file}", "--out=latents", f"--host={said}"])
+        assert f"{said!r}: expected I/N with I from 0 to N - 1, e.g. 0/4" in capsys.readouterr().err

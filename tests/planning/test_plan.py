@@ -77,6 +77,21 @@ def test_model_flops_leave_out_the_optimiser_and_what_is_done_again():
     assert sum(dear.step_flops.values()) > sum(plain.step_flops.values()) > 0.9 * plain.model_flops
 
 
+def test_adapters_keep_a_fraction_of_what_a_whole_training_keeps():
+    """Of a weight 16 bytes: itself, its average, two moments; or the 2 that products in bfloat16 read."""
+    config = small_dit()
+    config.model.update(dict(width=256, num_layers=4, mlp_width=1024, dtype="bfloat16"))
+    config.start_from = "nowhere"
+    whole = plan.outline(config, CODER)
+    config.lora.rank = 8
+    beside = plan.outline(config, CODER)
+    assert sum(beside.parameters.values()) < 0.1 * sum(whole.parameters.values())
+    assert beside.state_bytes + beside.frozen_bytes < 0.3 * whole.state_bytes
+    assert 0.6 * whole.model_flops < beside.model_flops < 0.85 * whole.model_flops  # no gradients of kernels
+    said = report.as_text({**beside.to_json(), "compiled": None})
+    assert f"{beside.frozen_bytes / 2**30:.2f} of what stays as it is" in said
+
+
 def test_an_autoencoder_has_a_plan_too():
     config = base.autoencoder()
     config.model.update(dict(width=8, multipliers=(1, 1), spatial_down=(True,), temporal_down=(True,)))

@@ -14,6 +14,7 @@ from stvdm import checkpoint, preprocess
 from stvdm import config as base
 from stvdm.data import loader, records
 from stvdm.interop import towers
+from stvdm.models import lora
 from stvdm.sampling import pipeline
 from stvdm.sampling.pipeline import Pipeline
 from stvdm.train import autoencoder, dit
@@ -261,3 +262,49 @@ def test_padding_that_is_seen_is_zeros(tower_config):
         assert not np.asarray(text_BSE)[:, 4:].any()
         seen.append(mask_BS.sum(1).tolist())
     assert seen == [[3, 2], [96, 96]]
+
+
+@pytest.fixture
+def lora_config(dit_config, tiny_model):
+    """Adapters for a random model: with a fresh one their gradient would be zero."""
+
+    def make(**changes):
+        return dit_config(start_from=str(tiny_model), lora__rank=2, sample__previews=("a red ball",), **changes)
+
+    return make
+
+
+def test_adapters_are_trained_beside_weights_that_stay(lora_config, tiny_model, tmp_path, one_device):
+    dit.main(lora_config(total_steps=3, eval_every=3, eval_batches=1, lora__scale=2.0), tmp_path / "whole")
+    for steps in (2, 3):  # stopped, and gone on
+        dit.main(lora_config(total_steps=steps, lora__scale=2.0), tmp_path / "parts")
+    assert _digest(tmp_path / "parts") == _digest(tmp_path / "whole")
+    trained, about = checkpoint.load_model(tmp_path / "whole" / "model")
+    names = traverse_util.flatten_dict(trained, sep="/")
+    assert about["kind"] == "lora" and about["base"] == str(tiny_model)
+    assert all(name.startswith("dit/layers") and name.endswith(("/down", "/up")) for name in names)
+    assert all(np.abs(leaf).max() > 0 for leaf in names.values())
+
+    def made(*arguments, **options):
+        return Pipeline.load(*arguments, **options).generate(["a red ball"], steps=2).latents
+
+    tuned, plain = made(tmp_path / "whole"), made(tiny_model)
+    several = made(tiny_model, adapters=[(tmp_path / "whole", 0.25), (tmp_path / "parts", 0.75)])
+    np.testing.assert_allclose(several, tuned, atol=1e-4 * np.abs(tuned).max())
+    none = made(tiny_model, adapters=[(tmp_path / "whole", 0.0)])
+    np.testing.assert_allclose(none, plain, atol=1e-6 * np.abs(plain).max())
+    assert np.abs(tuned - plain).max() > 1e-2 * np.abs(plain).max()
+
+    base_params, description = checkpoint.load_model(tiny_model)
+    merged = {**base_params, **lora.merged({"dit": base_params["dit"]}, [(trained, 1.0)])}
+    checkpoint.save_model(tmp_path / "merged", merged, description)
+    np.testing.assert_allclose(made(tmp_path / "merged"), tuned, atol=1e-4 * np.abs(tuned).max())
+
+
+def test_adapters_of_another_model_or_without_one_are_refused(lora_config, dit_config, tmp_path, one_device):
+    with pytest.raises(ValueError, match="start_from='': lora.rank=2 needs the folder of the model"):
+        base.validate(dit_config(lora__rank=2))
+    with pytest.raises(ValueError, match="train_only='mlp': with lora.rank=2 choose layers by lora.targets"):
+        base.validate(lora_config(train_only="mlp"))
+    with pytest.raises(ValueError, match="the model of this config is not the one in that folder; they differ in"):
+        dit.main(lora_config(total_steps=1, model__mlp_width=48), tmp_path)

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`stvdm lora`: low-rank adapters from the files of others, into them, or into the weights they are for."""
+
+import argparse
+import json
+from typing import Any
+
+from stvdm.commands import parts
+
+FORMATS = ("comfyui", "peft", "diffusers")
+
+
+def add(commands: Any) -> None:
+    command = parts.command_of(
+        commands,
+        "lora",
+        run,
+        "low-rank adapters: from the files of others, into them, or into the weights they are for",
+        "stvdm lora export --from=runs/adapters --to=style.safetensors --format=comfyui",
+        "They are trained with --config.lora.rank and --config.start_from, and sampled with `stvdm generate --lora`.",
+    )
+    command.add_argument(
+        "action",
+        choices=("import", "export", "merge"),
+        help="import: a file, for the model --base; export: a run's; merge: --lora into the weights of --base",
+    )
+    command.add_argument("--from", dest="source", metavar="PATH", help="a file or folder of safetensors; a run")
+    command.add_argument("--base", metavar="DIR", help="the model that they are for")
+    command.add_argument("--to", required=True, metavar="PATH", help="a file (or, for PEFT, a folder); else a folder")
+    command.add_argument("--format", choices=FORMATS, default="comfyui", help="of an export (default: comfyui)")
+    parts.add_adapters(command)
+
+
+def run(args: argparse.Namespace) -> None:
+    needed = {"import": ("source", "base"), "export": ("source",), "merge": ("base", "lora")}[args.action]
+    missing = [{"source": "from"}.get(name, name) for name in needed if not getattr(args, name)]
+    if missing:
+        raise ValueError(f"lora {args.action}: --{' and --'.join(missing)} missing; it says what to {args.action}")
+    from stvdm import checkpoint
+    from stvdm.interop import lora as files
+    from stvdm.interop import mapping
+    from stvdm.models import lora
+    from stvdm.sampling import pipeline
+
+    if args.action == "merge":
+        params, description = checkpoint.load_model(pipeline.model_folder(args.base))
+        adapters = [(pipeline.adapters_of(place, description["sha256"]), weight) for place, weight in args.lora]
+        merged = lora.merged({"dit": params["dit"]}, adapters)
+        checkpoint.save_model(args.to, {**params, **merged}, description)
+    elif args.action == "import":
+        about = _described(args.base)
+        trained = files.from_foreign(mapping.read(args.source), _tables(about))
+        said = {"kind": "lora", "base": args.base, "base_sha256": about["sha256"]}
+        said |= {name: about[name] for name in ("autoencoder", "config")}
+        checkpoint.save_model(args.to, trained, said)
+    else:
+        params, about = checkpoint.load_model(pipeline.model_folder(args.source))
+        if about["kind"] != "lora":
+            raise ValueError(f"--from={args.source}: a model of kind {about['kind']!r}, expected adapters, 'lora'")
+        files.write(args.to, files.to_foreign(params, _tables(about), args.format), args.format)
+    print(args.to)
+
+
+def _described(folder: str) -> dict[str, Any]:
+    """model.json of a model."""
+    from stvdm import checkpoint
+    from stvdm.sampling import pipeline
+
+    return json.loads((pipeline.model_folder(folder) / checkpoint.DESCRIPTION).read_text())
+
+
+def _tables(about: dict[str, Any]) -> dict[str, Any]:
+    """What each tensor of a model is called by the authors of Wan and by diffusers."""
+    from stvdm.interop import wan
+    from stvdm.sampling import pipeline
+
+    channels = pipeline.autoencoder_of(about["autoencoder"]).latent_channels
+    dit = pipeline.build(about["config"], latent_channels=channels, num_words=3).dit
+    return {"original": wan.pairs(dit, "original"), "diffusers": wan.pairs(dit, "diffusers")}
