@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -92,7 +92,7 @@ def pairs_of(shapes: Tree, rules: Sequence[Rule], *, stacked: str = "") -> list[
     """
     found, homeless = [], []
     for path, leaf in sorted(traverse_util.flatten_dict(shapes, sep="/").items()):
-        for layer, alone, shape in _layers_of(path, tuple(leaf.shape), stacked):
+        for layer, alone, shape in layers_of(path, tuple(leaf.shape), stacked):
             match = next(((rule, m) for rule in rules if (m := re.fullmatch(rule.ours, alone))), None)
             if match is None:
                 homeless.append(f"{alone} {shape}")
@@ -103,6 +103,14 @@ def pairs_of(shapes: Tree, rules: Sequence[Rule], *, stacked: str = "") -> list[
     if homeless:
         raise ValueError("the other format has no place for these parameters:\n  - " + "\n  - ".join(_folded(homeless)))
     return found
+
+
+def layers_of(path: str, shape: Shape, stacked: str) -> list[tuple[int | None, str, Shape]]:
+    """(layer, path, shape) of each layer that a parameter holds, as if it stood alone; itself if it is no stack."""
+    first, _, rest = path.partition("/")
+    if not stacked or first != stacked:
+        return [(None, path, shape)]
+    return [(layer, f"{stacked}_{layer}/{rest}", shape[1:]) for layer in range(shape[0])]
 
 
 def agree(pairs: Sequence[Pair], found: Mapping[str, Shape], *, ignored: str = "") -> None:
@@ -243,16 +251,6 @@ def files_of(source: epath.Path) -> list[epath.Path]:
     if not files:
         raise FileNotFoundError(f"{source}: expected a .safetensors file, or a folder of them.")
     return files
-
-
-def _layers_of(path: str, shape: Shape, stacked: str) -> Iterator[tuple[int | None, str, Shape]]:
-    """(layer, path, shape) of each layer that a parameter holds; itself if it is no stack."""
-    first, _, rest = path.partition("/")
-    if not stacked or first != stacked:
-        yield None, path, shape
-        return
-    for layer in range(shape[0]):
-        yield layer, f"{stacked}_{layer}/{rest}", shape[1:]
 
 
 def _folded(lines: Iterable[str]) -> list[str]:

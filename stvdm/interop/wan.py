@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Wan 2.1 and 2.2's transformers: their configs and their weights, in both formats, in and out.
+"""Wan 2.1 and 2.2's transformers: their configs and their weights, in both formats, in and out.
 
-    fields = wan.fields_of(json.loads(config_json))             # of diffusers' or of the authors' config.json
-    dit = DiT(**fields)
-    pairs = wan.pairs(wan.shapes_of(dit), "diffusers")          # or "original"
+    dit, params = wan.load("Wan2.1-T2V-1.3B-Diffusers/transformer", mesh=mesh)      # either format, onto a mesh
+    wan.save("OUT", dit, weights.of_tree(params), "original", dtype="bfloat16")
+    wan.bring("Wan2.2-T2V-A14B", "OUT")             # from files to a file of ours, a tensor at a time
+    wan.give("OUT", "BACK", "diffusers")            # and back; or what was trained here
 
 The model is `models.dit.DiT` itself, in "adaln_zero" and "cross". Its conventions are Wan's in all that numbers see:
 neighbouring pairs turn, a head is shared out 44/42/42 of 128, a patch has its channels last on the way out, rows of
@@ -15,29 +16,38 @@ Of time: theirs runs from 0 to 1000, ours from 0 to 1, and `models.embeddings` m
 Of text: Wan reads all 512 places, those behind the words' end as zeros. So its text_mask_BS is None, and text_BSE is 0
 where a mask would be False.
 
-| | diffusers | the authors' |
-|---|---|---|
-| names | ``blocks.0.attn1.to_q.weight`` | ``blocks.0.self_attn.q.weight`` |
-| norm before cross-attention | ``norm2`` | ``norm3`` |
-| Wan 2.2 A14B: above, below the noise at which they take turns | ``transformer``, ``transformer_2`` | \
-``high_noise_model``, ``low_noise_model`` |
+| | diffusers | the authors' | here |
+|---|---|---|---|
+| a projection | ``blocks.0.attn1.to_q.weight`` | ``blocks.0.self_attn.q.weight`` | ``self_attention/query/kernel`` |
+| norm before cross-attention | ``norm2`` | ``norm3`` | ``cross_norm`` |
+| a transformer alone | ``transformer`` | the folder itself | ``dit`` |
+| Wan 2.2 A14B's, at much noise | ``transformer`` | ``high_noise_model`` | ``dit_high_noise`` |
+| at little | ``transformer_2`` | ``low_noise_model`` | ``dit_low_noise`` |
 
 Sources: diffusers' WanTransformer3DModel; wan/modules/model.py of github.com/Wan-Video/Wan2.1.
 """
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
+from jax.sharding import Mesh
 
+from stvdm import sharding
+from stvdm.checkpoint import DESCRIPTION, WEIGHTS
+from stvdm.interop import mapping, weights
 from stvdm.interop.mapping import AS_IS, KERNEL, ROWS, Layout, Pair, Rule, pairs_of
 from stvdm.models.block import EPSILON
 from stvdm.models.dit import SIZES, DiT
+from stvdm.sampling import pipeline
 
 Tree = Any
 Format = Literal["diffusers", "original"]
@@ -60,8 +70,8 @@ _OUTSIDE = (  # ours, diffusers', the authors'
     ("time_out", "condition_embedder.time_embedder.linear_2", "time_embedding.2"),
     ("time_modulation", "condition_embedder.time_proj", "time_projection.1"),
     ("image/norm_in", "condition_embedder.image_embedder.norm1", "img_emb.proj.0"),
-    ("image/mlp_in", "condition_embedder.image_embedder.ff.net.0.proj", "img_emb.proj.1"),
-    ("image/mlp_out", "condition_embedder.image_embedder.ff.net.2", "img_emb.proj.3"),
+    ("image/linear_in", "condition_embedder.image_embedder.ff.net.0.proj", "img_emb.proj.1"),
+    ("image/linear_out", "condition_embedder.image_embedder.ff.net.2", "img_emb.proj.3"),
     ("image/norm_out", "condition_embedder.image_embedder.norm2", "img_emb.proj.4"),
     ("head/linear", "proj_out", "head.head"),
 )
@@ -89,7 +99,198 @@ _TABLES = (("head_modulation", "scale_shift_table", "head.modulation"),)
 _TABLES_INSIDE = (("modulation", "scale_shift_table", "modulation"),)
 _WORDS = (("kernel", "weight", KERNEL), ("scale", "weight", AS_IS), ("bias", "bias", AS_IS))
 
+STACKED = "layers"  # the scanned layers of a DiT
+STEM = "diffusion_pytorch_model"  # of the files of weights, in both formats
 IGNORED = r"blocks\.\d+\.attn2\.norm_added_q\.weight"  # in early files for diffusers; the queries have one norm
+
+_TURNS = {  # format -> folders of two transformers that take turns, and what they are here
+    "diffusers": {"transformer": "dit_high_noise", "transformer_2": "dit_low_noise"},
+    "original": {"high_noise_model": "dit_high_noise", "low_noise_model": "dit_low_noise"},
+}
+_KIND = "transformers"  # of a folder of ours that holds nothing else
+
+
+class Opened(NamedTuple):
+    """A transformer in foreign files, all of whose tensors have been found right by their headers."""
+
+    dit: DiT
+    pairs: list[Pair]
+    weights: weights.Weights
+
+
+def folders_of(place: epath.PathLike) -> dict[str, epath.Path]:
+    """Our name of each transformer in a folder, and where it lies: a transformer's own folder, or a whole model's.
+
+    Raises:
+      FileNotFoundError: if there is none.
+    """
+    folder = mapping.folder_of(place)
+    for names in _TURNS.values():
+        if all((folder / name / "config.json").exists() for name in names):
+            return {ours: folder / name for name, ours in names.items()}
+    for alone in (folder / "transformer", folder):
+        if (alone / "config.json").exists():
+            return {"dit": alone}
+    raise FileNotFoundError(
+        f"{folder}: expected the folder of a Wan model or of its transformer, with a config.json; that of a model has "
+        "transformer/ (and transformer_2/), or high_noise_model/ and low_noise_model/."
+    )
+
+
+def opened(folder: epath.PathLike, **fields: Any) -> Opened:
+    """The transformer in a folder of config.json and safetensors, of either format; no weights are read yet.
+
+    Args:
+      fields: of the `DiT` that are the caller's choice: dtype, remat, scan_layers, attention, window.
+
+    Raises:
+      FileNotFoundError: if files are missing.
+      ValueError: listing all tensors that are missing, left over or of another shape; or for damaged files, pickles,
+        settings that no DiT has.
+    """
+    folder = epath.Path(folder).expanduser()
+    source, config = weights.Weights(folder), mapping.settings(folder)
+    if not config:
+        raise FileNotFoundError(f"{folder}: expected the config.json of the transformer beside its weights.")
+    dit = DiT(**(fields_of(config, source.shapes) | fields))
+    found = pairs(dit, format_of(source.shapes))
+    mapping.agree(found, source.shapes, ignored=IGNORED)
+    return Opened(dit, found, source)
+
+
+def load(
+    folder: epath.PathLike, *, mesh: Mesh | None = None, dtype: jax.typing.DTypeLike = jnp.float32, **fields: Any
+) -> tuple[DiT, Tree]:
+    """The transformer in a folder, and its parameters: on a mesh, or in the host's memory.
+
+    Args:
+      mesh: of `sharding.make_mesh`; the host then holds one tensor at a time.
+      dtype: of the parameters.
+      fields: as of `opened`, which says what is raised.
+    """
+    source = opened(folder, **fields)
+    boxed = shapes_of(source.dit)
+    placed = None if mesh is None else sharding.shardings(boxed, mesh)
+    part = weights.of_theirs(source.pairs, source.weights.read)
+    return source.dit, weights.fill(nn.unbox(boxed), part, stacked=STACKED, shardings=placed, dtype=dtype)
+
+
+def save(
+    folder: epath.PathLike,
+    dit: DiT,
+    part: weights.Part,
+    to: Format,
+    *,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    shard_bytes: int = weights.SHARD_BYTES,
+) -> None:
+    """Writes config.json and safetensors, as the folder of a transformer has them; all processes call it together.
+
+    Args:
+      part: where the parameters come from, of `weights.of_tree` or `weights.of_file`.
+      dtype: of the weights in the files.
+
+    Raises:
+      ValueError: listing the fields of a DiT that is not of Wan's shape.
+    """
+    config = config_of(dit, to)
+    tensors = weights.theirs(pairs(dit, to), part)
+    weights.write(folder, tensors, stem=STEM, dtype=dtype, shard_bytes=shard_bytes)
+    if jax.process_index() == 0:
+        (epath.Path(folder).expanduser() / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def bring(
+    place: epath.PathLike, target: epath.PathLike, *, dtype: jax.typing.DTypeLike = jnp.float32
+) -> dict[str, dict[str, Any]]:
+    """Writes the transformers of a Wan model as a folder of ours; returns the fields of each `DiT`, by its name.
+
+    The weights are NAME/PATH of one model.safetensors; model.json has the fields.
+
+    Raises:
+      FileNotFoundError, ValueError: as `folders_of` and `opened`, before anything is written.
+    """
+    sources = {name: opened(folder) for name, folder in folders_of(place).items()}
+    tensors = []
+    for name, source in sources.items():
+        part = weights.of_theirs(source.pairs, source.weights.read)
+        tensors += weights.ours(nn.unbox(shapes_of(source.dit)), part, prefix=f"{name}/", stacked=STACKED)
+    digests = weights.write(target, tensors, stem=epath.Path(WEIGHTS).stem, dtype=dtype, shard_bytes=sys.maxsize)
+    fields = {name: _own_fields(source.dit) for name, source in sources.items()}
+    if digests:
+        description = {"kind": _KIND, "transformers": fields, "sha256": digests[WEIGHTS]}
+        (epath.Path(target).expanduser() / DESCRIPTION).write_text(json.dumps(description, indent=1))
+    return fields
+
+
+def held(place: epath.PathLike) -> dict[str, tuple[DiT, weights.Part]]:
+    """The transformers of a folder of ours and their parameters, for `weights.fill` and `save`; none are read yet.
+
+    Args:
+      place: what `bring` wrote, or a training: its run, or the model that it exported.
+
+    Raises:
+      FileNotFoundError: if files are missing.
+      ValueError: if there is no transformer, its files are damaged, or it was trained for another quantity than the
+        velocity from data to noise on straight paths, which is what Wan's formats mean.
+    """
+    folder = pipeline.model_folder(place)
+    missing = [name for name in (WEIGHTS, DESCRIPTION) if not (folder / name).exists()]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder}: expected what `bring` or a training wrote, found no {' and no '.join(missing)}."
+        )
+    description = json.loads((folder / DESCRIPTION).read_text())
+    if description["kind"] == _KIND:
+        dits = {
+            name: DiT(**fields | {"patch": tuple(fields["patch"])})
+            for name, fields in description["transformers"].items()
+        }
+    elif description["kind"] == "dit":
+        dits = {"dit": _trained(folder, description)}
+    else:
+        raise ValueError(f"{folder}: this is a model of kind {description['kind']!r}, expected 'dit' or {_KIND!r}.")
+    file = weights.Weights(folder / WEIGHTS)
+    return {name: (dit, weights.of_file(file, f"{name}/")) for name, dit in dits.items()}
+
+
+def _trained(folder: epath.Path, description: Mapping[str, Any]) -> DiT:
+    settings = description["config"]
+    flow, model = settings["flow"], dict(settings["model"])
+    if model.get("network", "dit") != "dit":
+        raise ValueError(f"{folder}: its network is a {model['network']!r}, expected a 'dit'.")
+    if (flow["path"], flow["prediction"]) != ("rectified", "velocity"):
+        raise ValueError(
+            f"{folder}: flow.path={flow['path']!r} and flow.prediction={flow['prediction']!r}, but what reads Wan's "
+            "formats expects 'rectified' and 'velocity'; train on with these."
+        )
+    latent_channels = pipeline.autoencoder_of(description["autoencoder"]).latent_channels
+    plain = {**settings, "model": model | {"matmul": ""}}  # how products are rounded is no part of the weights
+    return pipeline.build(plain, latent_channels=latent_channels, num_words=0).dit
+
+
+def give(
+    place: epath.PathLike,
+    target: epath.PathLike,
+    to: Format,
+    *,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    shard_bytes: int = weights.SHARD_BYTES,
+) -> list[str]:
+    """Writes the transformers of a folder of ours as that format has them: the inverse of `bring`; returns the folders.
+
+    One alone is in ``target``/transformer for diffusers, and in ``target`` itself in the authors' format.
+
+    Raises:
+      FileNotFoundError, ValueError: as `held` and `save`.
+    """
+    alone = {"dit": "transformer" if to == "diffusers" else "."}
+    named = alone | {ours: folder for folder, ours in _TURNS[to].items()}
+    folders = []
+    for name, (dit, part) in held(place).items():
+        folders.append(str(epath.Path(target) / named[name]))
+        save(folders[-1], dit, part, to, dtype=dtype, shard_bytes=shard_bytes)
+    return folders
 
 
 def fields_of(config: Mapping[str, Any], found: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -245,7 +446,13 @@ def pairs(dit: DiT, form: Format) -> list[Pair]:
             for ours, theirs, layout in _WORDS:
                 lies = patches if (row[0], ours) == ("patch/linear", "kernel") else layout
                 rules.append(Rule(f"{prefix}{row[0]}/{ours}", f"{foreign}{row[which]}.{theirs}", lies))
-    return pairs_of(nn.unbox(shapes_of(dit)), rules, stacked="layers")
+    return pairs_of(nn.unbox(shapes_of(dit)), rules, stacked=STACKED)
+
+
+def _own_fields(dit: DiT) -> dict[str, Any]:
+    """What `fields_of` says of a model, which is all that tells it from others of Wan's shape."""
+    names = ("width", "num_heads", "num_layers", "mlp_width", "text_width", "image_width", "time_features")
+    return {name: getattr(dit, name) for name in (*names, "latent_channels", "extra_channels", "patch")}
 
 
 def _patches(patch: tuple[int, int, int]) -> Layout:

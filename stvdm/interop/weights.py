@@ -3,13 +3,16 @@
 
     source = Weights(folder)                                        # headers alone: names, dtypes, shapes
     mapping.agree(pairs, source.shapes)
-    params = fill(pairs, shapes, source.read, shardings=shardings)  # onto a mesh
-    write(folder, theirs(pairs, of_tree(params)), stem="diffusion_pytorch_model", dtype="bfloat16")
+    params = fill(shapes, of_theirs(pairs, source.read), stacked="layers", shardings=shardings)
+    write(folder, theirs(pairs, of_tree(params)), dtype="bfloat16")
+
+Parameters come as *parts*, a whole one or a layer of a stack of them: of foreign tensors, of a tree of arrays, or of a
+file of ours; and go into arrays on a mesh (`fill`), into foreign tensors (`theirs`) or under our names (`ours`).
 
 A model of 14 B parameters is 57 GB in float32, and no host need hold more of it than its largest tensor. A parameter
 that stacks the layers of a scan is filled where it lies, on the devices, layer by layer, in place; on the way out it is
 cut into its layers there, and they come one by one. A file's header is known from shapes before its first byte of data
-is. From file to file (`ours`, and `theirs` of `of_file`) nothing is held but the tensor that is under way.
+is, and from file to file nothing is held but the tensor that is under way.
 
 Pickles are never opened.
 """
@@ -115,61 +118,75 @@ class Weights:
         return np.frombuffer(data, dtype).reshape(shape)
 
 
+def of_tree(params: Tree) -> Part:
+    """Our parameters, wherever they lie; where several processes hold them, all ask together."""
+    flat = traverse_util.flatten_dict(params, sep="/")
+    return lambda path, layer: on_host(flat[path] if layer is None else flat[path][layer])
+
+
+def of_file(source: Weights, prefix: str = "") -> Part:
+    """Our parameters in a file under our names, each behind ``prefix``."""
+    return lambda path, layer: source.read(prefix + path, layer)
+
+
+def of_theirs(pairs: Sequence[Pair], read: Callable[[str], np.ndarray]) -> Part:
+    """Our parameters, of the tensors that ``read`` gives by their foreign names; let `mapping.agree` have looked."""
+    found = {(pair.ours, pair.layer): pair for pair in pairs}
+
+    def part(path: str, layer: int | None) -> np.ndarray:
+        pair = found[path, layer]
+        return pair.layout.to_ours(read(pair.theirs))
+
+    return part
+
+
 def fill(
-    pairs: Sequence[Pair],
     shapes: Tree,
-    read: Callable[[str], np.ndarray],
+    part: Part,
     *,
+    stacked: str = "",
     shardings: Tree | None = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> Tree:
-    """Our parameters, of the tensors that ``read`` gives by their foreign names, one after the other.
+    """Our parameters, of their parts, one after the other.
 
     Args:
-      pairs: of `mapping.pairs_of`; let `mapping.agree` have looked first.
       shapes: nested dicts of anything with a ``shape``.
-      shardings: a NamedSharding for each parameter: they are made there. Each process reads all tensors and keeps of
+      stacked: the name of scanned layers, whose parameters come layer by layer; as of `mapping.pairs_of`.
+      shardings: a NamedSharding for each parameter: they are made there. Each process asks for all parts and keeps of
         each what is its own. None: in the host's memory, as numpy arrays.
       dtype: of the parameters.
     """
     wanted = traverse_util.flatten_dict(shapes, sep="/")
     placed = traverse_util.flatten_dict(shardings, sep="/") if shardings is not None else {}
     params: dict[str, Any] = {}
-    for path, of_path in itertools.groupby(pairs, key=lambda pair: pair.ours):
-        arrays = ((pair.layer, pair.layout.to_ours(read(pair.theirs))) for pair in of_path)
-        shape = tuple(wanted[path].shape)
+    for path, leaf in sorted(wanted.items()):
+        shape = tuple(leaf.shape)
+        layers = [layer for layer, *_ in mapping.layers_of(path, shape, stacked)]
         if shardings is None:
-            params[path] = _on_host(arrays, shape, dtype)
+            params[path] = np.empty(shape, jnp.dtype(dtype))
+            for layer in layers:
+                params[path][... if layer is None else layer] = part(path, layer)
+        elif layers == [None]:
+            params[path] = _placed(part(path, None), dtype, placed[path])
         else:
-            params[path] = _on_devices(arrays, shape, dtype, placed[path])
+            params[path] = _stacked(
+                (part(path, layer) for layer in layers if layer is not None), shape, dtype, placed[path]
+            )
     return traverse_util.unflatten_dict(params, sep="/")
 
 
-def _on_host(arrays: Iterable[tuple[int | None, np.ndarray]], shape: Shape, dtype: jax.typing.DTypeLike) -> np.ndarray:
-    whole = np.empty(shape, dtype)
-    for layer, array in arrays:
-        whole[... if layer is None else layer] = array
-    return whole
-
-
-def _on_devices(
-    arrays: Iterable[tuple[int | None, np.ndarray]],
-    shape: Shape,
-    dtype: jax.typing.DTypeLike,
-    sharding: NamedSharding,
+def _stacked(
+    arrays: Iterable[np.ndarray], shape: Shape, dtype: jax.typing.DTypeLike, sharding: NamedSharding
 ) -> jax.Array:
-    whole = None
-    for layer, array in arrays:
-        if layer is None:
-            return _placed(array, dtype, sharding)
-        spec = tuple(sharding.spec) + (None,) * (len(shape) - len(sharding.spec))
-        assert spec[0] is None, f"layers are split over {spec[0]}"
-        of_layer = NamedSharding(sharding.mesh, PartitionSpec(*spec[1:]))
-        if whole is None:
-            whole = jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding)()
+    """Arrays as the layers of one, filled where it lies."""
+    spec = tuple(sharding.spec) + (None,) * (len(shape) - len(sharding.spec))
+    assert spec[0] is None, f"layers are split over {spec[0]}"
+    of_layer = NamedSharding(sharding.mesh, PartitionSpec(*spec[1:]))
+    whole = jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding)()
+    for layer, array in enumerate(arrays):
         whole = _set_layer(sharding)(whole, _placed(array, dtype, of_layer), np.int32(layer))
         jax.block_until_ready(whole)  # else the host goes on reading, and keeps what waits to be copied
-    assert whole is not None
     return whole
 
 
@@ -194,19 +211,8 @@ class Tensor(NamedTuple):
     parts: Callable[[], Iterable[np.ndarray]]
 
 
-def of_tree(params: Tree) -> Part:
-    """Parts of our parameters, wherever they lie; where several processes hold them, all ask together."""
-    flat = traverse_util.flatten_dict(params, sep="/")
-    return lambda path, layer: on_host(flat[path] if layer is None else flat[path][layer])
-
-
-def of_file(source: Weights, prefix: str = "") -> Part:
-    """Parts of our parameters in a file under our names, each behind ``prefix``."""
-    return lambda path, layer: source.read(prefix + path, layer)
-
-
 def theirs(pairs: Sequence[Pair], part: Part) -> list[Tensor]:
-    """The foreign tensors of our parameters, for `write`."""
+    """Our parameters as foreign tensors, for `write`."""
 
     def one(pair: Pair) -> Tensor:
         return Tensor(pair.theirs, pair.shape, lambda: [pair.layout.to_theirs(part(pair.ours, pair.layer))])
@@ -214,18 +220,14 @@ def theirs(pairs: Sequence[Pair], part: Part) -> list[Tensor]:
     return [one(pair) for pair in pairs]
 
 
-def ours(pairs: Sequence[Pair], shapes: Tree, read: Callable[[str], np.ndarray], prefix: str = "") -> list[Tensor]:
-    """Our parameters, under our names behind ``prefix``, of foreign tensors, for `write`; layers come one by one."""
-    wanted = traverse_util.flatten_dict(shapes, sep="/")
+def ours(shapes: Tree, part: Part, *, prefix: str = "", stacked: str = "") -> list[Tensor]:
+    """Our parameters under our names behind ``prefix``, for `write`; layers come one by one."""
 
-    def one(path: str, of_path: list[Pair]) -> Tensor:
-        def parts() -> Iterator[np.ndarray]:
-            for pair in of_path:
-                yield pair.layout.to_ours(read(pair.theirs))
+    def one(path: str, shape: Shape) -> Tensor:
+        layers = mapping.layers_of(path, shape, stacked)
+        return Tensor(prefix + path, shape, lambda: (part(path, layer) for layer, *_ in layers))
 
-        return Tensor(prefix + path, tuple(wanted[path].shape), parts)
-
-    return [one(path, list(of_path)) for path, of_path in itertools.groupby(pairs, key=lambda pair: pair.ours)]
+    return [one(path, tuple(leaf.shape)) for path, leaf in traverse_util.flatten_dict(shapes, sep="/").items()]
 
 
 def write(

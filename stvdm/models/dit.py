@@ -333,8 +333,8 @@ class ImageEmbed(nn.Module):
     def __call__(self, image_BSE: jax.Array) -> jax.Array:
         E = image_BSE.shape[-1]
         x_BSE = layer_norm("norm_in", axis="text", epsilon=1e-5)(image_BSE).astype(self.dtype)
-        x_BSE = nn.gelu(linear(E, "text", "mlp", dtype=self.dtype, name="mlp_in")(x_BSE), approximate=False)
-        x_BSD = linear(self.width, "mlp", "width", dtype=self.dtype, name="mlp_out")(x_BSE)
+        x_BSE = nn.gelu(linear(E, "text", "mlp", dtype=self.dtype, name="linear_in")(x_BSE), approximate=False)
+        x_BSD = linear(self.width, "mlp", "width", dtype=self.dtype, name="linear_out")(x_BSE)
         return layer_norm("norm_out", epsilon=1e-5)(x_BSD).astype(self.dtype)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
-PRODUCTS = r".*/(query|key|value|out|mlp_in|mlp_out)"  # the linear layers of `models.block.Block`
+PRODUCTS = r".*/((image_)?(key|value)|query|out|mlp_in|mlp_out)"  # the linear layers of `models.block.Block`
 TYPES = {"int8": ("int8", "int8"), "fp8": ("float8_e4m3fn", "float8_e5m2")}  # of what is multiplied, and of cotangents
 
 

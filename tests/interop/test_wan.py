@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from stvdm import checkpoint, sharding
 from stvdm.interop import mapping, wan, weights
 from stvdm.models.block import Block
 from stvdm.models.dit import DiT
@@ -28,7 +29,12 @@ def tiny(case, **fields):
     dit = DiT(**wan.fields_of(foreign_wan.CONFIGS[case], shapes), **fields)
     pairs = wan.pairs(dit, "diffusers")
     mapping.agree(pairs, {name: tuple(shape) for name, shape in shapes.items()})
-    return dit, weights.fill(pairs, nn.unbox(wan.shapes_of(dit)), foreign.weights(shapes).__getitem__)
+    return dit, filled(dit, pairs, foreign.weights(shapes))
+
+
+def filled(dit, pairs, tensors):
+    part = weights.of_theirs(pairs, tensors.__getitem__)
+    return weights.fill(nn.unbox(wan.shapes_of(dit)), part, stacked=wan.STACKED)
 
 
 def inputs(case):
@@ -99,7 +105,7 @@ def test_what_goes_out_comes_back(case, form):
     config = json.loads(json.dumps(wan.config_of(dit, form)))
     assert wan.format_of(out) == form
     assert DiT(**wan.fields_of(config, {name: array.shape for name, array in out.items()})) == dit
-    back = weights.fill(pairs, nn.unbox(wan.shapes_of(dit)), out.__getitem__)
+    back = filled(dit, pairs, out)
     jax.tree.map(np.testing.assert_array_equal, back, params)
     if form == "diffusers":
         source = foreign.weights(GOLDEN["tiny"][case]["shapes"])
@@ -184,6 +190,85 @@ def test_configs_of_other_models_are_refused():
         wan.pairs(dit.clone(text_path="joint"), "original")
 
 
+def files_of(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def randomly(dit, seed):
+    random = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: random.normal(size=leaf.shape).astype(np.float32), nn.unbox(wan.shapes_of(dit)))
+
+
+@pytest.mark.parametrize(
+    "form, names",
+    [
+        ("diffusers", ("transformer", "transformer_2")),
+        ("original", ("high_noise_model", "low_noise_model")),
+        ("diffusers", ("transformer",)),
+        ("original", (".",)),
+    ],
+)
+def test_whole_folders_come_in_and_go_out(tmp_path, form, names):
+    dit, _ = tiny("ti2v" if len(names) == 1 else "t2v")
+    trees = [randomly(dit, seed) for seed in range(len(names))]
+    for name, tree in zip(names, trees, strict=True):
+        wan.save(tmp_path / "model" / name, dit, weights.of_tree(tree), form, shard_bytes=60_000)
+    fields = wan.bring(tmp_path / "model", tmp_path / "ours")
+    expected = ["dit"] if len(names) == 1 else ["dit_high_noise", "dit_low_noise"]
+    assert list(fields) == expected
+    params, description = checkpoint.load_model(tmp_path / "ours")
+    assert all(DiT(**found | {"patch": tuple(found["patch"])}) == dit for found in description["transformers"].values())
+    for name, tree in zip(expected, trees, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, params[name], tree)
+    wan.give(tmp_path / "ours", tmp_path / "back", form, shard_bytes=60_000)
+    assert files_of(tmp_path / "back") == files_of(tmp_path / "model")
+
+
+def test_what_was_trained_here_goes_out(tmp_path, tiny_model):
+    (folder,) = wan.give(tiny_model, tmp_path, "diffusers")
+    assert folder == str(tmp_path / "transformer")
+    dit, params = wan.load(folder)
+    ours, description = checkpoint.load_model(tiny_model)
+    jax.tree.map(np.testing.assert_array_equal, params, ours["dit"])
+    assert (dit.text_width, dit.num_heads, dit.patch) == (8, 2, (1, 2, 2))
+    for flow, said in (({"prediction": "x0"}, "expects 'rectified' and 'velocity'"), ({"path": "cosine"}, "expects")):
+        config = description["config"]
+        other = description | {"config": config | {"flow": config["flow"] | flow}}
+        checkpoint.save_model(tmp_path / "other", ours, other)
+        with pytest.raises(ValueError, match=said):
+            wan.give(tmp_path / "other", tmp_path / "out", "original")
+    checkpoint.save_model(tmp_path / "other", ours, description | {"kind": "autoencoder"})
+    with pytest.raises(ValueError, match="kind 'autoencoder', expected 'dit' or 'transformers'"):
+        wan.held(tmp_path / "other")
+
+
+def test_weights_are_loaded_onto_a_mesh(tmp_path):
+    dit, params = tiny("i2v")
+    wan.save(tmp_path, dit, weights.of_tree(params), "diffusers", dtype="bfloat16", shard_bytes=100_000)
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    loaded, placed = wan.load(tmp_path, mesh=mesh, remat="everything")
+    assert loaded == dit.clone(remat="everything")
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y.astype(jnp.bfloat16)), placed, params)
+    kernel = placed["layers"]["block_0"]["mlp_in"]["kernel"]
+    assert kernel.sharding.spec == sharding.spec("layers", "width", "mlp")
+    _, held = wan.load(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, placed, held)
+
+
+def test_folders_that_are_none_are_named(tmp_path):
+    dit, params = tiny("t2v")
+    with pytest.raises(FileNotFoundError, match="expected the folder of a Wan model or of its transformer"):
+        wan.folders_of(tmp_path)
+    wan.save(tmp_path / "one", dit, weights.of_tree(params), "original")
+    with pytest.raises(
+        FileNotFoundError, match="expected what `bring` or a training wrote, found no model.safetensors"
+    ):
+        wan.give(tmp_path / "one", tmp_path / "two", "diffusers")
+    (tmp_path / "one" / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="expected the config.json"):
+        wan.opened(tmp_path / "one")
+
+
 def test_the_golden_file_is_what_diffusers_says_today():
     pytest.importorskip("torch")
     pytest.importorskip("diffusers")
@@ -196,7 +281,7 @@ def test_the_golden_file_is_what_diffusers_says_today():
 
 
 @pytest.mark.parametrize("case", foreign_wan.CONFIGS)
-def test_what_goes_out_is_the_same_model_to_diffusers(case):
+def test_what_goes_out_is_the_same_model_to_diffusers(case, tmp_path):
     """In both formats: the authors' by way of diffusers' own converter."""
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
@@ -208,8 +293,13 @@ def test_what_goes_out_is_the_same_model_to_diffusers(case):
         tensors = weights.theirs(wan.pairs(dit, form), weights.of_tree(params))
         state = {t.name: torch.from_numpy(np.ascontiguousarray(next(iter(t.parts())))) for t in tensors}
         state = convert_wan_transformer_to_diffusers(state) if form == "original" else state
-        model = diffusers.WanTransformer3DModel.from_config(wan.config_of(dit, "diffusers"))
-        model.load_state_dict(state)
+        if form == "diffusers":
+            wan.save(tmp_path, dit, weights.of_tree(params), form, shard_bytes=100_000)
+            model = diffusers.WanTransformer3DModel.from_pretrained(tmp_path)
+            assert model.state_dict().keys() == state.keys()
+        else:
+            model = diffusers.WanTransformer3DModel.from_config(wan.config_of(dit, "diffusers"))
+            model.load_state_dict(state)
         with torch.no_grad():
             velocity = model(given["latent"], given["timestep"], given["text"], given.get("image")).sample
         assert error(velocity.numpy(), case, "velocity") < 1e-6

@@ -601,6 +601,21 @@ def test_errors_teach(fields, message):
         jax.eval_shape(variant(**fields).init, jax.random.key(0), *inputs())
 
 
+@pytest.mark.parametrize(
+    "fields, width, message",
+    [
+        (dict(image_width=7), None, r"no image: expected \(B, S, 7\), as image_width=7"),
+        (dict(image_width=7), 6, r"an image of shape \(2, 3, 6\): expected \(B, S, 7\)"),
+        (dict(), 7, r"an image of shape \(2, 3, 7\): expected none, as image_width=0"),
+        (dict(image_width=7, text_path="joint"), 7, "image_width=7: an image is read beside the text by cross"),
+    ],
+)
+def test_an_image_is_there_where_it_is_read(fields, width, message):
+    image_BSE = None if width is None else np.zeros((2, 3, width))
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(variant(**fields).init, jax.random.key(0), *inputs(), image_BSE=image_BSE)
+
+
 def test_a_time_without_levels_is_refused():
     latent, time_BK, *rest = inputs()
     with pytest.raises(ValueError, match=r"time of shape \(2,\): expected \(B, K\)"):
