@@ -39,7 +39,6 @@ LADDER = """
     models.video_features
     interop.mapping
     interop.weights
-    interop.wan
     interop.wan_autoencoder
     interop.towers
     interop.lora
@@ -61,6 +60,7 @@ LADDER = """
     sampling.pipeline
     sampling.inspection
     sampling.attention_page
+    interop.wan
     interop.diffusers
     evaluation.result_file
     evaluation.comparison
