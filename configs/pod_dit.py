@@ -13,18 +13,18 @@ compiled for these slices, never run on one.
 
 what each of them needs at the peak of what a device has, how long no step is shorter than, and the MFU at that:
 
-    b-480p-17f-v5e          5.02 of 15.75 GiB  0.289 s   81%
-    l-480p-33f-v5e          1.77 of 15.75 GiB  0.648 s   69%
+    b-480p-17f-v5e          4.81 of 15.75 GiB  0.289 s   81%
+    l-480p-33f-v5e          1.74 of 15.75 GiB  0.648 s   69%
     xl-480p-49f-v6e         2.97 of 31.25 GiB  0.354 s   69%
-    1.3b-480p-81f-v5p       7.29 of 95.74 GiB   2.66 s   69%
-    1.3b-720p-81f-v6e       3.81 of 31.25 GiB    1.5 s   68%
+    1.3b-480p-81f-v5p       7.13 of 95.74 GiB   2.66 s   69%
+    1.3b-720p-81f-v6e       3.80 of 31.25 GiB    1.5 s   68%
     1.3b-480p-129f-tpu7x   10.63 of 94.75 GiB   2.36 s   68%
-    5b-704p-121f-v5p        6.90 of 95.74 GiB   2.39 s   70%
-    14b-480p-81f-v5p       10.12 of 95.74 GiB   3.87 s   70%
-    14b-720p-81f-v5p       10.71 of 95.74 GiB   7.72 s   69%
-    14b-720p-81f-v6e        7.69 of 31.25 GiB   3.86 s   69%
-    14b-720p-129f-tpu7x    13.14 of 94.75 GiB   6.88 s   68%
-    14b-480p-81f-2xv5p     12.89 of 95.74 GiB   3.87 s   70%
+    5b-704p-121f-v5p        6.71 of 95.74 GiB   2.39 s   70%
+    14b-480p-81f-v5p        9.72 of 95.74 GiB   3.87 s   70%
+    14b-720p-81f-v5p       10.31 of 95.74 GiB   7.72 s   69%
+    14b-720p-81f-v6e        7.60 of 31.25 GiB   3.86 s   69%
+    14b-720p-129f-tpu7x    12.87 of 94.75 GiB   6.88 s   68%
+    14b-480p-81f-2xv5p     12.50 of 95.74 GiB   3.87 s   70%
 """
 
 from typing import NamedTuple
