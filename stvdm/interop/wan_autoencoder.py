@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Wan's autoencoders, of 2.1 (4x8x8) and of 2.2's 5B model (4x16x16), under either of their names, in and out.
 
-    model, params, statistics = wan_autoencoder.load("Wan-AI/Wan2.1-T2V-1.3B-Diffusers/vae")
+    model, params, statistics = wan_autoencoder.load("Wan2.1-T2V-1.3B-Diffusers")
     tensors = wan_autoencoder.exported(model, params, "original")
 
 They are `Autoencoder`s; between theirs and ours lie names and layouts, and no arithmetic. `names` has the former, for
@@ -13,6 +13,7 @@ of size 1 behind their channels; a square of pixels that became channels runs ov
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
@@ -68,7 +69,7 @@ class Loaded(NamedTuple):
 
 
 def load(place: epath.PathLike) -> Loaded:
-    """The autoencoder in a safetensors file, a folder of them, or one of the hub.
+    """The autoencoder in a safetensors file, a folder of them, or the ``vae`` in a folder of diffusers.
 
     Its sizes are those of the config.json of diffusers beside it; without one, those of Wan 2.1 or 2.2.
 
@@ -76,9 +77,10 @@ def load(place: epath.PathLike) -> Loaded:
       ValueError: for weights of another network, sizes that are not Wan's, or pickles.
       FileNotFoundError: if there are no weights.
     """
-    folder = mapping.folder_of(place)
-    source = mapping.read(folder)
-    config = mapping.settings(folder if folder.is_dir() else folder.parent)
+    path = epath.Path(place).expanduser()
+    path = path / "vae" if (path / "vae").is_dir() else path
+    source = mapping.read(path)
+    config = mapping.settings(path if path.is_dir() else path.parent)
     model = model_of(config) if "base_dim" in config else _published(source)
     return Loaded(model, imported(model, source), statistics_of(config, model.latent_channels))
 
@@ -206,10 +208,9 @@ def _decimals(values: np.ndarray) -> list[float]:
 def imported(model: Autoencoder, source: Mapping[str, np.ndarray]) -> Tree:
     """Its parameters, of tensors under either layout's names; `mapping.into` says what does not fit."""
     layout: Layout = "original" if "conv1.weight" in source else "diffusers"
-    wanted = shapes(model)
     paths = {theirs: ours for ours, theirs in names(model, layout).items()}
     fitted = {name: _to_ours(model, paths[name], array) if name in paths else array for name, array in source.items()}
-    return mapping.into(wanted, fitted, [(re.escape(theirs), ours) for theirs, ours in paths.items()])
+    return mapping.into(shapes(model), fitted, [(re.escape(theirs), ours) for theirs, ours in paths.items()])
 
 
 def exported(model: Autoencoder, params: Tree, layout: Layout) -> dict[str, np.ndarray]:
@@ -231,6 +232,7 @@ def names(model: Autoencoder, layout: Layout) -> dict[str, str]:
     return {path: _name(model, layout, path) for path in traverse_util.flatten_dict(shapes(model), sep="/")}
 
 
+@functools.cache
 def shapes(model: Autoencoder) -> Tree:
     """Shapes of all its parameters."""
     video = jax.ShapeDtypeStruct((1, 1, model.spatial, model.spatial, model.video_channels), jnp.float32)
@@ -291,7 +293,7 @@ def _name(model: Autoencoder, layout: Layout, path: str) -> str:
     return ".".join([*words, _LAYERS[found["layer"]][layout], found["leaf"].replace("kernel", "weight")])
 
 
-_OF_ONE_FRAME = ("space/kernel", "qkv/kernel", "out/kernel")
+_OF_ONE_FRAME = ("/space/kernel", "/qkv/kernel", "/out/kernel")
 
 
 def _to_ours(model: Autoencoder, path: str, array: np.ndarray) -> np.ndarray:
