@@ -10,7 +10,8 @@ Text is UMT5-XXL's, as Wan reads it: 512 tokens, and zeros behind them that are 
 
     stvdm plan --config=configs/wan_finetune.py:1.3b-v6e-lora --compile
 
-**Unproven**: no TPU has run it.
+**Unproven**: no TPU has run it. And published weights are not yet brought into folders that it can start from: `stvdm
+import` makes one of the transformers alone.
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one console command: `stvdm generate | train | supervise | preprocess | lora | evaluate | ablate | plan |
-data`.
+data | import | export`.
 
     stvdm generate "a red ball bounces to the right"
     stvdm train autoencoder --config=configs/quickstart.py:autoencoder --workdir=runs/autoencoder --config.seed=1
@@ -28,9 +28,21 @@ from pathlib import Path
 from typing import Any
 
 import stvdm
-from stvdm.commands import ablate, data, evaluate, generate, lora, plan, preprocess, supervise, train
+from stvdm.commands import (
+    ablate,
+    data,
+    evaluate,
+    export_weights,
+    generate,
+    import_weights,
+    lora,
+    plan,
+    preprocess,
+    supervise,
+    train,
+)
 
-COMMANDS = (generate, train, supervise, preprocess, lora, evaluate, ablate, plan, data)
+COMMANDS = (generate, train, supervise, preprocess, lora, evaluate, ablate, plan, data, import_weights, export_weights)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

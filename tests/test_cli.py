@@ -113,7 +113,7 @@ def test_the_process_that_begins_once_more_runs_the_command():
 
 
 def test_help_of_every_command_has_an_example_that_parses(capsys):
-    plain = ("generate", "train", "supervise", "preprocess", "lora", "evaluate", "ablate", "plan")
+    plain = ("generate", "train", "supervise", "preprocess", "lora", "evaluate", "ablate", "plan", "import", "export")
     for command in (*plain, "data kinetic_shapes", "data check"):
         with pytest.raises(SystemExit) as stopped:
             cli.main([*command.split(), "--help"])

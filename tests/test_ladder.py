@@ -110,6 +110,8 @@ LADDER = """
     commands.ablate
     commands.plan
     commands.data
+    commands.import_weights
+    commands.export_weights
     demo
     cli
 """.split()

@@ -12,6 +12,7 @@ from typing import Any
 
 SAMPLERS = ("euler", "heun", "dpm++", "unipc")
 BUNDLED = "bundled"
+DTYPES = ("float32", "bfloat16", "float16")  # of weights in files
 
 
 def command_of(commands: Any, name: str, run: Any, summary: str, example: str, remark: str) -> argparse.ArgumentParser:

@@ -96,6 +96,18 @@ def test_it_gives_every_value_that_diffusers_gives(version, frames):
     assert foreign.apart(shown, GOLDEN[version]["outputs"][str(frames)]) < TOLERANCE  # the file is what it says today
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["2.1", "2.2"])
+def test_streams_equal_the_whole(version):
+    model, params = tiny(version)
+    given, whole = foreign_wan_autoencoder.inputs(version, 9), everything(version, 9)
+    chunks = autoencoder3d.stream_decode(model, params, given["latent"], chunk_latents=(1, 2))
+    np.testing.assert_allclose(jnp.concatenate(list(chunks), axis=1), whole["decoded"], atol=1e-5, rtol=1e-5)
+    moments = autoencoder3d.stream_encode(model, params, given["video"], chunk_latents=(1, 2))
+    streamed = jnp.concatenate([jnp.concatenate(chunk, axis=-1) for chunk in moments], axis=1)
+    np.testing.assert_allclose(streamed, whole["moments"], atol=1e-5, rtol=1e-5)
+
+
 # ---- names and sizes
 
 
