@@ -38,7 +38,7 @@ Result = dict[str, Any]
 Conditions = Mapping[str, Any]
 
 OF_THE_MODEL = ("checkpoint", "model_sha256")  # what is compared, and so may differ
-SCALARS = {  # of a result, without intervals, beside distances and published networks' scores: row -> where it is
+SCALARS = {  # of a result, without intervals, beside distances: row -> where it is
     "change from frame to frame": ("flicker", "generated"),
     "flow loss (of one autoencoder)": ("flow_loss",),
     "autoencoder PSNR, dB": ("reconstruction", "psnr_db"),
@@ -200,6 +200,8 @@ def as_markdown(results: Mapping[str, Result]) -> str:
     rows: list[list[str]] = []
     paired = True
     for item in dict.fromkeys(item for result in results.values() for item in result["items"]):
+        if not any({"generated", "not_reported"} & result["items"].get(item, {}).keys() for result in results.values()):
+            continue  # what is said of reconstructed clips alone
         cells = {name: _generated(result, item) for name, result in results.items()}
         row = [item, _counts(cells.values()), *(_cell(results[name], item, cell) for name, cell in cells.items())]
         for name, result in others:
@@ -211,13 +213,10 @@ def as_markdown(results: Mapping[str, Result]) -> str:
             paired &= together is not None
             row.append(_apart(difference(ours, theirs, together or 0.0)) + " unpaired" * (together is None))
         rows.append(row)
-    published = {
-        name: (section, name, "generated")
-        for section in ("distances", "published")
-        for one in results.values()
-        for name in one.get(section, {})
+    far = {
+        name: ("distances", name, "generated") for result in results.values() for name in result.get("distances", {})
     }
-    for label, where in (published | SCALARS).items():
+    for label, where in (far | SCALARS).items():
         values = {name: _at(result, where) for name, result in results.items()}
         if any(value is not None for value in values.values()):
             apart = [_signed(values[name], values[first]) for name, _ in others]

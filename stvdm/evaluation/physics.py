@@ -84,18 +84,22 @@ def score(video_THWC: np.ndarray, scene: Scene, *, fps: float = 8.0, world: Worl
 
 def summarise(scores: Sequence[Mapping[str, float]], *, seed: int = 0) -> dict[str, Row]:
     """Mean and 95 % interval of each item over the clips it applies to: Wilson's for right or wrong, else bootstrap."""
-    rows = {}
-    for item in dict.fromkeys(item for one in scores for item in one):
-        values = np.asarray([one[item] for one in scores if item in one and not math.isnan(one[item])])
-        if len(values) == 0:
-            rows[item] = Row(math.nan, math.nan, math.nan, 0)
-        elif np.isin(values, (0.0, 1.0)).all():
-            rows[item] = Row(float(values.mean()), *_wilson(float(values.mean()), len(values)), len(values))
-        else:
-            draws = np.random.default_rng(seed).integers(len(values), size=(1000, len(values)))
-            low, high = np.quantile(values[draws].mean(1), (0.025, 0.975))
-            rows[item] = Row(float(values.mean()), float(low), float(high), len(values))
-    return rows
+    items = dict.fromkeys(item for one in scores for item in one)
+    return {item: row([one[item] for one in scores if item in one], seed=seed) for item in items}
+
+
+def row(scores: Sequence[float] | np.ndarray, *, seed: int = 0) -> Row:
+    """One row of `summarise`, of the scores of clips; where one is NaN the item does not apply."""
+    values = np.asarray(scores, np.float64)
+    values = values[~np.isnan(values)]
+    mean, num = float(values.mean()) if len(values) else math.nan, len(values)
+    if num == 0:
+        return Row(math.nan, math.nan, math.nan, 0)
+    if np.isin(values, (0.0, 1.0)).all():
+        return Row(mean, *_wilson(mean, num), num)
+    draws = np.random.default_rng(seed).integers(num, size=(1000, num))
+    low, high = np.quantile(values[draws].mean(1), (0.025, 0.975))
+    return Row(mean, float(low), float(high), num)
 
 
 def validate_tracker(

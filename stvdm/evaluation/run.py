@@ -89,7 +89,12 @@ def main(
     report, result = measure(pipeline, held, steps=steps, guidance=guidance, sampler=sampler, batch=batch)
     if judges is not None:
         say("asking published networks")
-        report["published"] = judged(judges, held, result.videos)
+        scores, far = judged(judges, held, result.videos)
+        for item, columns in scores.items():
+            report["items"][item] = {name: _cell(physics.row(values)) for name, values in columns.items()}
+            if "generated" in columns:
+                report["scores"][item] = result_file.kept(columns["generated"].tolist())
+        report["distances"] |= far
         report["conditions"]["networks_sha256"] = judges.digests()
     report["conditions"]["checkpoint"] = "bundled" if checkpoint is None else str(checkpoint)
     result_file.write(output, report)
@@ -223,30 +228,34 @@ def measure(
     return report, result
 
 
-def judged(judges: published.Judges, held: HeldOut, videos: np.ndarray) -> dict[str, dict[str, float]]:
-    """Score -> column -> what published networks say of generated, reconstructed and real clips, and by chance.
+def judged(
+    judges: published.Judges, held: HeldOut, videos: np.ndarray
+) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, dict[str, float]]]:
+    """What published networks say of generated, reconstructed and real clips, and by chance.
 
-    clip_score: mean over clips. Chance: real clips under captions of others. lpips: of reconstructed clips. Of I3D and
-    of VideoMAE the distances of `instruments` from the real clips, e.g. i3d_frechet, which is FVD; there "real" are as
-    many other real clips, the distance of which is what so few clips come to without any fault.
+    Returns:
+      item -> column -> a score of each clip. clip_score, of which chance is that of real clips under captions of
+        others; lpips, of reconstructed clips.
+      distance -> column -> how far its clips are from the real ones, over features of I3D and of VideoMAE, as of
+        `distances_of`, e.g. i3d_frechet, which is FVD. There "real" are as many other real clips, the distance of which
+        is what so few clips come to without any fault.
     """
     captions = [scene.caption for scene in held.scenes]
-    found: dict[str, dict[str, float]] = {}
+    scores: dict[str, dict[str, np.ndarray]] = {}
+    far: dict[str, dict[str, float]] = {}
     if judges.clip is not None:
         columns = {"generated": videos, "reconstructed": held.rebuilt, "real": held.real}
         if len(videos) > 1:
             columns["chance"] = np.roll(held.real, 1, axis=0)
-        found["clip_score"] = {
-            name: float(judges.clip_score(clips, captions).mean()) for name, clips in columns.items()
-        }
+        scores["clip_score"] = {name: judges.clip_score(clips, captions) for name, clips in columns.items()}
     if judges.lpips is not None:
-        found["lpips"] = {"reconstructed": float(judges.lpips_distance(held.rebuilt, held.real).mean())}
+        scores["lpips"] = {"reconstructed": judges.lpips_distance(held.rebuilt, held.real)}
     for network in published.OF_VIDEOS:
         if getattr(judges, network) is not None:
             columns = {"generated": videos, "reconstructed": held.rebuilt, "real": held.others}
             sets = {name: judges.features(network, clips) for name, clips in columns.items()}
-            found |= distances_of(sets, judges.features(network, held.real), network)
-    return found
+            far |= distances_of(sets, judges.features(network, held.real), network)
+    return scores, far
 
 
 def distances_of(columns: Mapping[str, np.ndarray], real_ND: np.ndarray, name: str) -> dict[str, dict[str, float]]:
@@ -368,7 +377,8 @@ def as_text(report: dict[str, Any]) -> str:
             continue
         shown = [cells.get(name) for name in columns]
         texts = [f"{c['mean']:.3f} [{c['low']:.3f}, {c['high']:.3f}]" if c else "-" for c in shown]
-        lines.append(f"{item:18}" + "".join(f"{text:>24}" for text in texts) + f"{cells['real']['num']:>7}")
+        num = max(cell["num"] for cell in cells.values())
+        lines.append(f"{item:18}" + "".join(f"{text:>24}" for text in texts) + f"{num:>7}")
     lines.append(
         "all right in generated clips: "
         + ", ".join(
@@ -382,7 +392,7 @@ def as_text(report: dict[str, Any]) -> str:
         f"excess flicker {rebuilt['excess_flicker']:.4f}"
     )
     lines.append("mean |frame-to-frame change|: " + ", ".join(f"{k} {v:.4f}" for k, v in report["flicker"].items()))
-    for score, cells in {**report.get("distances", {}), **report.get("published", {})}.items():
+    for score, cells in report.get("distances", {}).items():
         lines.append(f"{score}: " + ", ".join(f"{name} {value:.4g}" for name, value in cells.items()))
     return "\n".join(lines)
 

@@ -113,11 +113,18 @@ def test_a_mixed_table_says_that_it_is(written):
 
 def test_what_published_networks_say_has_rows_too():
     one, other = (result(np.ones(9), np.ones(9)) for _ in range(2))
-    one["published"] = {"clip_score": {"generated": 27.25, "real": 28.0}}
+    one["distances"] = {"i3d_frechet": {"generated": 27.25, "real": 28.0}}
     text = comparison.as_markdown({"one": one, "other": other})
-    assert "| clip_score |  | 27.25 |  |  |" in text
-    other["published"] = {"clip_score": {"generated": 27.0, "real": 28.0}}
-    assert "| clip_score |  | 27.25 | 27 | -0.25 |" in comparison.as_markdown({"one": one, "other": other})
+    assert "| i3d_frechet |  | 27.25 |  |  |" in text
+    other["distances"] = {"i3d_frechet": {"generated": 27.0, "real": 28.0}}
+    assert "| i3d_frechet |  | 27.25 | 27 | -0.25 |" in comparison.as_markdown({"one": one, "other": other})
+
+
+def test_what_is_said_of_reconstructed_clips_alone_has_no_row():
+    one, other = (result(np.ones(9), np.ones(9)) for _ in range(2))
+    for found in (one, other):
+        found["items"]["lpips"] = {"reconstructed": {"mean": 0.1, "low": 0.0, "high": 0.2, "num": 9}}
+    assert "lpips" not in comparison.as_markdown({"one": one, "other": other})
 
 
 def test_only_the_same_prompts_are_paired():

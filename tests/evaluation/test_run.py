@@ -48,9 +48,14 @@ def test_a_model_of_noise_is_told_apart_from_real_clips(kinetic_model, networks,
     assert sum(cell["num"] for cell in written["all_right_by_things"].values()) == 5
     assert (tmp_path / "out" / "results.png").exists()
     assert (tmp_path / "out" / "results.gif").exists()
-    assert set(written["published"]["clip_score"]) == {"generated", "reconstructed", "real", "chance"}
+    said = written["items"]["clip_score"]
+    assert said.keys() == {"generated", "reconstructed", "real", "chance"}
+    assert said["generated"]["low"] <= said["generated"]["mean"] <= said["generated"]["high"]
+    assert said["generated"]["mean"] == pytest.approx(np.mean(written["scores"]["clip_score"]), rel=1e-3)
+    assert len(written["scores"]["clip_score"]) == said["generated"]["num"] == 5
     printed = capsys.readouterr().out
-    assert written["distances"].keys() == {f"kinetic_{name}" for name in ("frechet", "kernel", "precision", "recall")}
+    kinds = ("frechet", "kernel", "precision", "recall")
+    assert written["distances"].keys() == {f"{name}_{kind}" for name in ("kinetic", "videomae") for kind in kinds}
     far, covered = (written["distances"][f"kinetic_{name}"] for name in ("kernel", "recall"))
     assert far["generated"] > 3 * abs(far["real"])  # told apart by the feature network too, of five clips already
     assert far["reconstructed"] > 3 * abs(far["real"])
@@ -58,8 +63,8 @@ def test_a_model_of_noise_is_told_apart_from_real_clips(kinetic_model, networks,
     assert len(written["conditions"]["kinetic_features_sha256"]) == 64
     assert "kinetic_frechet: generated " in printed
     assert set(written["conditions"]["networks_sha256"]) == {"clip", "videomae"}
-    assert set(written["published"]["videomae_frechet"]) == {"generated", "reconstructed", "real"}
-    assert "all_right" in printed and "clip_score: generated " in printed
+    assert set(written["distances"]["videomae_frechet"]) == {"generated", "reconstructed", "real"}
+    assert "all_right" in printed and "clip_score  " in printed
 
 
 def test_a_folder_without_networks_is_refused_before_anything_is_made(kinetic_model, tmp_path):
