@@ -1,17 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Wan 2.1's transformers, fine-tuned on one's own clips: all weights, or low-rank adapters beside them.
 
-    stvdm preprocess --config=configs/wan_finetune.py:1.3b-v6e-lora --checkpoint=wan/autoencoder --out=data/latents \
+    hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers --local-dir wan
+    stvdm import --from=wan --to=weights/wan
+    stvdm preprocess --config=configs/wan_finetune.py:1.3b-v6e-lora --checkpoint=weights/wan --out=data/latents \
         --config.data.source=folder --config.data.path=my_videos --config.text.tower=wan/text_encoder
     stvdm train dit --config=configs/wan_finetune.py:1.3b-v6e-lora --workdir=runs/style \
-        --config.autoencoder=wan/autoencoder --config.start_from=wan/transformer --config.text.tower=wan/text_encoder
+        --config.autoencoder=weights/wan --config.start_from=weights/wan --config.text.tower=wan/text_encoder
 
-Text is UMT5-XXL's, as Wan reads it: 512 tokens, and zeros behind them that are looked at too. What each variant takes:
+Of adapters `stvdm lora export` makes a file for other tools, and `stvdm lora merge` a whole model; of a whole model
+
+    stvdm export --from=runs/style --to=out/style --format=diffusers --dtype=bfloat16
+
+makes what diffusers loads. Text is UMT5-XXL's, as Wan reads it: 512 tokens, and zeros behind them that are looked at
+too. What each variant takes:
 
     stvdm plan --config=configs/wan_finetune.py:1.3b-v6e-lora --compile
 
-**Unproven**: no TPU has run it. And published weights are not yet brought into folders that it can start from: `stvdm
-import` makes one of the transformers alone.
+**Unproven**: no TPU and no published weights have been through it; tests run these commands on a tiny Wan of random
+weights (`tests/commands/test_import_weights.py`).
 """
 
 from ml_collections import ConfigDict
@@ -36,11 +43,11 @@ def get_config(variant: str = "1.3b-v6e-lora") -> ConfigDict:
     config.topology, mesh = MESHES[where]
     config.mesh.update(mesh)
     config.autoencoder = "configs/pod_autoencoder.py:480p-v5p"  # a plan needs its shapes, a run its weights
-    config.start_from = "wan/transformer"
+    config.start_from = "weights/wan"
     config.model.update(SIZES[f"wan-{where.split('-')[0]}"])
     config.model.remat = "everything"
     config.model.dtype = "bfloat16"
-    config.text.update(dict(tower="google/umt5-xxl", padding="zeros", max_tokens=512, width=4096))
+    config.text.update(dict(tower="wan/text_encoder", padding="zeros", max_tokens=512, width=4096))
     config.data.source = "latents"
     config.data.path = "data/latents"
     config.data.fps = 16.0

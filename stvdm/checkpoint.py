@@ -444,12 +444,13 @@ def save_model(
 def load_model(directory: epath.PathLike) -> tuple[Tree, dict[str, Any]]:
     """Reads what `save_model` wrote: (params as float32 numpy arrays in nested dicts, description).
 
+    Float32 arrays of a local file stay in it until they are looked at: a host need not hold a model to lay it out on
+    devices, or to take the autoencoder from among a transformer's weights. They cannot be written to.
+
     Raises:
       FileNotFoundError: if one of the two files is missing.
       ValueError: if the weights are not those that the description was written with (damaged or mixed files).
     """
-    from safetensors import deserialize
-
     source = epath.Path(directory).expanduser()
     missing = [name for name in (WEIGHTS, DESCRIPTION) if not (source / name).exists()]
     if missing:
@@ -458,18 +459,29 @@ def load_model(directory: epath.PathLike) -> tuple[Tree, dict[str, Any]]:
             "give the --workdir of a training that has ended, or run that training first."
         )
     description = json.loads((source / DESCRIPTION).read_text())
-    data = (source / WEIGHTS).read_bytes()
-    digest = hashlib.sha256(data).hexdigest()
+    data = _bytes_of(source / WEIGHTS)
+    digest = hashlib.sha256(data.data).hexdigest()
     if digest != description["sha256"]:
         raise ValueError(
             f"{source / WEIGHTS}: sha256 is {digest[:12]}..., expected {description['sha256'][:12]}...; "
             "the file is damaged or belongs to another model.json, so copy the folder again."
         )
-    flat = {
-        name: np.frombuffer(leaf["data"], _DTYPES[leaf["dtype"]]).reshape(leaf["shape"]).astype(np.float32)
-        for name, leaf in deserialize(data)
-    }
+    first = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    header = json.loads(data[8:first].tobytes())
+    header.pop("__metadata__", None)
+    flat = {}
+    for name, leaf in header.items():
+        start, end = (first + offset for offset in leaf["data_offsets"])
+        found = data[start:end].view(_DTYPES[leaf["dtype"]]).reshape(leaf["shape"])
+        flat[name] = found.astype(np.float32, copy=False)
     return traverse_util.unflatten_dict(flat, sep="/"), description
+
+
+def _bytes_of(path: epath.Path) -> np.ndarray:
+    """A file, which is not read before it is looked at where that is possible: not from object stores."""
+    if "://" in str(path):
+        return np.frombuffer(path.read_bytes(), np.uint8)
+    return np.memmap(path, np.uint8, mode="r").view(np.ndarray)
 
 
 def _write(path: epath.Path, data: bytes) -> None:

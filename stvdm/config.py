@@ -62,6 +62,8 @@ def dit() -> ConfigDict:
         num_layers=12,
         num_heads=6,  # A; D / A is the head width d
         mlp_width=1536,  # F
+        extra_channels=0,  # of an image's latent and mask, beside the noisy latent's, of a network that begins with one
+        image_width=0,  # of the tokens of an image that are read beside the text; 0: none
         attention=("full",),  # patterns, cycled over layers: full, frame, time, window, block_causal
         window=(1, 4, 4),  # reach of 'window' attention in tokens: time, height, width
         text_path="cross",  # how text enters: 'cross' attention; in self-attention, by the video's weights ('joint') or
@@ -88,6 +90,10 @@ def dit() -> ConfigDict:
         num_layers=2,  # of the small encoder
         num_heads=4,
     )
+    config.image = _section(
+        tower="",  # folder or hub's OWNER/NAME of a published CLIP that looks at images, for a network that reads them
+        tower_dtype="bfloat16",  # of its weights and products
+    )
     config.flow = _section(
         path="rectified",  # x_t = (1-t) data + t noise; or 'cosine', variance preserving
         prediction="velocity",  # what the network gives: velocity, epsilon, x0 or v
@@ -105,7 +111,11 @@ def dit() -> ConfigDict:
         guidance=4.0,  # scale of classifier-free guidance; 1: none
         guidance_interval=(0.0, 1.0),  # times between which guidance acts
         guidance_rescale=0.0,  # 0: none, 1: keep the deviation of the conditional prediction
+        negative="",  # the prompt that guidance leads away from
+        boundary=0.0,  # of two networks that take turns: the time from which on, towards noise, the first one works
+        guidance_low=0.0,  # of the second of two networks; 0: as of the first
         shift=1.0,  # of the sampling schedule; 0: by token count
+        spacing="even",  # of times before the shift: 'even', or as diffusers' schedulers have it, 'unipc' or 'euler'
         previews=(),  # prompts that are sampled with each evaluation; none: captions of held-out clips
     )
     return config.lock()
@@ -429,6 +439,11 @@ def _dit_problems(config: ConfigDict) -> Iterator[str]:
 
 
 def _transformer_problems(model: ConfigDict) -> Iterator[str]:
+    if model.extra_channels or model.image_width:
+        yield (
+            f"model.extra_channels={model.extra_channels}, model.image_width={model.image_width}: expected 0 and 0; a "
+            "network that begins with an image can be imported, sampled and exported, but not yet be trained."
+        )
     yield from _choice("model.text_path", model.text_path, ("cross", "joint", "dual"))
     paths_of_time = ("adaln_zero", "adaln", "in_context", "cross_attention")
     yield from _choice("model.time_path", model.time_path, paths_of_time)

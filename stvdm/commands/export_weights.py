@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`stvdm export`: a transformer of Wan's shape, as other tools load it."""
+"""`stvdm export`: a model of Wan's shape, as other tools load it."""
 
 import argparse
 from typing import Any
@@ -12,19 +12,20 @@ def add(commands: Any) -> None:
         commands,
         "export",
         run,
-        "write transformers of Wan's shape as diffusers or the authors' code loads them",
+        "write a model of Wan's shape as diffusers or the authors' code loads it",
         "stvdm export --from=runs/wan --to=out/wan --format=diffusers --dtype=bfloat16",
-        "Sharded safetensors with their index, and config.json.",
+        "Sharded safetensors with their index, config.json, and for diffusers what WanPipeline.from_pretrained reads. "
+        "README.md there says how, and wants a licence from you.",
     )
     command.add_argument(
         "--from", dest="source", required=True, metavar="DIR", help="what `stvdm import` or a training wrote"
     )
     command.add_argument("--to", required=True, metavar="DIR", help="folder of the other format")
     command.add_argument("--format", choices=("diffusers", "original"), default="diffusers", help="(default diffusers)")
-    command.add_argument("--dtype", choices=parts.DTYPES, default="float32", help="of the weights (default float32)")
+    command.add_argument("--dtype", choices=parts.DTYPES, default="float32", help="of transformers (default float32)")
 
 
 def run(args: argparse.Namespace) -> None:
-    from stvdm.interop import wan
+    from stvdm.interop import wan_model
 
-    print("\n".join(wan.give(args.source, args.to, args.format, dtype=args.dtype)))
+    print("\n".join(wan_model.give(args.source, args.to, args.format, dtype=args.dtype)))

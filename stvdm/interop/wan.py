@@ -3,8 +3,8 @@
 
     dit, params = wan.load("Wan2.1-T2V-1.3B-Diffusers/transformer", mesh=mesh)      # either format, onto a mesh
     wan.save("OUT", dit, weights.of_tree(params), "original", dtype="bfloat16")
-    wan.bring("Wan2.2-T2V-A14B", "OUT")             # from files to a file of ours, a tensor at a time
-    wan.give("OUT", "BACK", "diffusers")            # and back; or what was trained here
+
+Whole models, with what belongs to them, are `interop.wan_model`'s.
 
 The model is `models.dit.DiT` itself, in "adaln_zero" and "cross". Its conventions are Wan's in all that numbers see:
 neighbouring pairs turn, a head is shared out 44/42/42 of 128, a patch has its channels last on the way out, rows of
@@ -30,7 +30,6 @@ Sources: diffusers' WanTransformer3DModel; wan/modules/model.py of github.com/Wa
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -42,12 +41,10 @@ from etils import epath
 from jax.sharding import Mesh
 
 from stvdm import sharding
-from stvdm.checkpoint import DESCRIPTION, WEIGHTS
 from stvdm.interop import mapping, weights
 from stvdm.interop.mapping import AS_IS, KERNEL, ROWS, Layout, Pair, Rule, pairs_of
 from stvdm.models.block import EPSILON
 from stvdm.models.dit import SIZES, DiT
-from stvdm.sampling import pipeline
 
 Tree = Any
 Format = Literal["diffusers", "original"]
@@ -103,11 +100,11 @@ STACKED = "layers"  # the scanned layers of a DiT
 STEM = "diffusion_pytorch_model"  # of the files of weights, in both formats
 IGNORED = r"blocks\.\d+\.attn2\.norm_added_q\.weight"  # in early files for diffusers; the queries have one norm
 
-_TURNS = {  # format -> folders of two transformers that take turns, and what they are here
+
+TURNS = {  # format -> folders of two transformers that take turns, and what they are here
     "diffusers": {"transformer": "dit_high_noise", "transformer_2": "dit_low_noise"},
     "original": {"high_noise_model": "dit_high_noise", "low_noise_model": "dit_low_noise"},
 }
-_KIND = "transformers"  # of a folder of ours that holds nothing else
 
 
 class Opened(NamedTuple):
@@ -125,7 +122,7 @@ def folders_of(place: epath.PathLike) -> dict[str, epath.Path]:
       FileNotFoundError: if there is none.
     """
     folder = mapping.folder_of(place)
-    for names in _TURNS.values():
+    for names in TURNS.values():
         if all((folder / name / "config.json").exists() for name in names):
             return {ours: folder / name for name, ours in names.items()}
     for alone in (folder / "transformer", folder):
@@ -198,99 +195,6 @@ def save(
     weights.write(folder, tensors, stem=STEM, dtype=dtype, shard_bytes=shard_bytes)
     if jax.process_index() == 0:
         (epath.Path(folder).expanduser() / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def bring(
-    place: epath.PathLike, target: epath.PathLike, *, dtype: jax.typing.DTypeLike = jnp.float32
-) -> dict[str, dict[str, Any]]:
-    """Writes the transformers of a Wan model as a folder of ours; returns the fields of each `DiT`, by its name.
-
-    The weights are NAME/PATH of one model.safetensors; model.json has the fields.
-
-    Raises:
-      FileNotFoundError, ValueError: as `folders_of` and `opened`, before anything is written.
-    """
-    sources = {name: opened(folder) for name, folder in folders_of(place).items()}
-    tensors = []
-    for name, source in sources.items():
-        part = weights.of_theirs(source.pairs, source.weights.read)
-        tensors += weights.ours(nn.unbox(shapes_of(source.dit)), part, prefix=f"{name}/", stacked=STACKED)
-    digests = weights.write(target, tensors, stem=epath.Path(WEIGHTS).stem, dtype=dtype, shard_bytes=sys.maxsize)
-    fields = {name: _own_fields(source.dit) for name, source in sources.items()}
-    if digests:
-        description = {"kind": _KIND, "transformers": fields, "sha256": digests[WEIGHTS]}
-        (epath.Path(target).expanduser() / DESCRIPTION).write_text(json.dumps(description, indent=1))
-    return fields
-
-
-def held(place: epath.PathLike) -> dict[str, tuple[DiT, weights.Part]]:
-    """The transformers of a folder of ours and their parameters, for `weights.fill` and `save`; none are read yet.
-
-    Args:
-      place: what `bring` wrote, or a training: its run, or the model that it exported.
-
-    Raises:
-      FileNotFoundError: if files are missing.
-      ValueError: if there is no transformer, its files are damaged, or it was trained for another quantity than the
-        velocity from data to noise on straight paths, which is what Wan's formats mean.
-    """
-    folder = pipeline.model_folder(place)
-    missing = [name for name in (WEIGHTS, DESCRIPTION) if not (folder / name).exists()]
-    if missing:
-        raise FileNotFoundError(
-            f"{folder}: expected what `bring` or a training wrote, found no {' and no '.join(missing)}."
-        )
-    description = json.loads((folder / DESCRIPTION).read_text())
-    if description["kind"] == _KIND:
-        dits = {
-            name: DiT(**fields | {"patch": tuple(fields["patch"])})
-            for name, fields in description["transformers"].items()
-        }
-    elif description["kind"] == "dit":
-        dits = {"dit": _trained(folder, description)}
-    else:
-        raise ValueError(f"{folder}: this is a model of kind {description['kind']!r}, expected 'dit' or {_KIND!r}.")
-    file = weights.Weights(folder / WEIGHTS)
-    return {name: (dit, weights.of_file(file, f"{name}/")) for name, dit in dits.items()}
-
-
-def _trained(folder: epath.Path, description: Mapping[str, Any]) -> DiT:
-    settings = description["config"]
-    flow, model = settings["flow"], dict(settings["model"])
-    if model.get("network", "dit") != "dit":
-        raise ValueError(f"{folder}: its network is a {model['network']!r}, expected a 'dit'.")
-    if (flow["path"], flow["prediction"]) != ("rectified", "velocity"):
-        raise ValueError(
-            f"{folder}: flow.path={flow['path']!r} and flow.prediction={flow['prediction']!r}, but what reads Wan's "
-            "formats expects 'rectified' and 'velocity'; train on with these."
-        )
-    latent_channels = pipeline.autoencoder_of(description["autoencoder"]).latent_channels
-    plain = {**settings, "model": model | {"matmul": ""}}  # how products are rounded is no part of the weights
-    return pipeline.build(plain, latent_channels=latent_channels, num_words=0).dit
-
-
-def give(
-    place: epath.PathLike,
-    target: epath.PathLike,
-    to: Format,
-    *,
-    dtype: jax.typing.DTypeLike = jnp.float32,
-    shard_bytes: int = weights.SHARD_BYTES,
-) -> list[str]:
-    """Writes the transformers of a folder of ours as that format has them: the inverse of `bring`; returns the folders.
-
-    One alone is in ``target``/transformer for diffusers, and in ``target`` itself in the authors' format.
-
-    Raises:
-      FileNotFoundError, ValueError: as `held` and `save`.
-    """
-    alone = {"dit": "transformer" if to == "diffusers" else "."}
-    named = alone | {ours: folder for folder, ours in _TURNS[to].items()}
-    folders = []
-    for name, (dit, part) in held(place).items():
-        folders.append(str(epath.Path(target) / named[name]))
-        save(folders[-1], dit, part, to, dtype=dtype, shard_bytes=shard_bytes)
-    return folders
 
 
 def fields_of(config: Mapping[str, Any], found: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -449,7 +353,7 @@ def pairs(dit: DiT, form: Format) -> list[Pair]:
     return pairs_of(nn.unbox(shapes_of(dit)), rules, stacked=STACKED)
 
 
-def _own_fields(dit: DiT) -> dict[str, Any]:
+def own_fields(dit: DiT) -> dict[str, Any]:
     """What `fields_of` says of a model, which is all that tells it from others of Wan's shape."""
     names = ("width", "num_heads", "num_layers", "mlp_width", "text_width", "image_width", "time_features")
     return {name: getattr(dit, name) for name in (*names, "latent_channels", "extra_channels", "patch")}

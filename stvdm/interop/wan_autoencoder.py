@@ -4,7 +4,7 @@
     model, params, statistics = wan_autoencoder.load("Wan2.1-T2V-1.3B-Diffusers")
     tensors = wan_autoencoder.exported(model, params, "original")
 
-They are `Autoencoder`s; between theirs and ours lie names and layouts, and no arithmetic. `names` has the former, for
+They are `Autoencoder`s; between theirs and ours lie names and layouts, and no arithmetic. `pairs` has both, for
 diffusers' ``AutoencoderKLWan`` and for the original checkpoints (Wan2.1_VAE.pth, Wan2.2_VAE.pth, saved as safetensors).
 Of layouts: kernels are (out, in, *space), and those that see one frame have no axis for time; gains of norms have axes
 of size 1 behind their channels; a square of pixels that became channels runs over (channel, column, row), here over
@@ -14,6 +14,7 @@ of size 1 behind their channels; a square of pixels that became channels runs ov
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
@@ -25,7 +26,8 @@ import numpy as np
 from etils import epath
 from flax import traverse_util
 
-from stvdm.interop import mapping
+from stvdm.interop import mapping, weights
+from stvdm.interop.mapping import Pair, Shape
 from stvdm.models.autoencoder3d import Autoencoder
 
 Tree = Any
@@ -68,8 +70,21 @@ class Loaded(NamedTuple):
     statistics: dict[str, np.ndarray]
 
 
-def load(place: epath.PathLike) -> Loaded:
-    """The autoencoder in a safetensors file, a folder of them, or the ``vae`` in a folder of diffusers.
+class Opened(NamedTuple):
+    """An autoencoder in foreign files, all of whose tensors have been found right by their headers."""
+
+    model: Autoencoder
+    pairs: list[Pair]
+    source: weights.Weights
+    statistics: dict[str, np.ndarray]
+
+    @property
+    def part(self) -> weights.Part:
+        return weights.of_theirs(self.pairs, self.source.read)
+
+
+def opened(place: epath.PathLike) -> Opened:
+    """The autoencoder in a safetensors file, a folder of them, or the ``vae`` of a model; nothing is read yet.
 
     Its sizes are those of the config.json of diffusers beside it; without one, those of Wan 2.1 or 2.2.
 
@@ -79,10 +94,39 @@ def load(place: epath.PathLike) -> Loaded:
     """
     path = epath.Path(place).expanduser()
     path = path / "vae" if (path / "vae").is_dir() else path
-    source = mapping.read(path)
+    source = weights.Weights(path)
     config = mapping.settings(path if path.is_dir() else path.parent)
-    model = model_of(config) if "base_dim" in config else _published(source)
-    return Loaded(model, imported(model, source), statistics_of(config, model.latent_channels))
+    model = model_of(config) if "base_dim" in config else _published(source.shapes)
+    found = pairs(model, layout_of(source.shapes))
+    mapping.agree(found, source.shapes)
+    return Opened(model, found, source, statistics_of(config, model.latent_channels))
+
+
+def load(place: epath.PathLike) -> Loaded:
+    """The autoencoder that `opened` finds, in the host's memory."""
+    source = opened(place)
+    return Loaded(source.model, weights.fill(shapes(source.model), source.part), source.statistics)
+
+
+def save(
+    folder: epath.PathLike,
+    model: Autoencoder,
+    part: weights.Part,
+    statistics: Mapping[str, np.ndarray],
+    layout: Layout,
+    *,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+) -> None:
+    """Writes config.json and safetensors, as diffusers' folder of a ``vae`` has them, or under the authors' names.
+
+    Raises:
+      ValueError: if the network has what Wan's has not.
+    """
+    config = config_of(model, statistics)
+    stem = "diffusion_pytorch_model" if layout == "diffusers" else f"Wan2.{2 if model.shortcuts else 1}_VAE"
+    weights.write(folder, weights.theirs(pairs(model, layout), part), stem=stem, dtype=dtype)
+    if jax.process_index() == 0:
+        (epath.Path(folder).expanduser() / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 # ---- sizes ----------------------------------------------------------------------------------------------------------
@@ -181,16 +225,16 @@ def statistics_of(config: Mapping[str, Any], latent_channels: int) -> dict[str, 
     return found
 
 
-def _published(source: Mapping[str, np.ndarray]) -> Autoencoder:
+def _published(found: Mapping[str, Shape]) -> Autoencoder:
     sizes = {model.latent_channels: model for model in (WAN_2_1, WAN_2_2)}
-    last = next((source[name] for name in ("conv2.bias", "post_quant_conv.bias") if name in source), None)
-    if last is None or len(last) not in sizes:
+    last = next((found[name][0] for name in ("conv2.bias", "post_quant_conv.bias") if name in found), None)
+    if last not in sizes:
         raise ValueError(
             "there is no config.json of AutoencoderKLWan beside these weights, and they are neither Wan 2.1's nor "
             f"2.2's: expected conv2.bias of {' or '.join(map(str, sizes))} values, got "
-            f"{'none' if last is None else len(last)}."
+            f"{'none' if last is None else last}."
         )
-    return sizes[len(last)]
+    return sizes[last]
 
 
 def _plain(value: Any) -> Any:
@@ -205,31 +249,40 @@ def _decimals(values: np.ndarray) -> list[float]:
 # ---- weights --------------------------------------------------------------------------------------------------------
 
 
+def layout_of(names: Mapping[str, Any]) -> Layout:
+    """Whose names these are."""
+    return "original" if "conv1.weight" in names else "diffusers"
+
+
+def pairs(model: Autoencoder, layout: Layout) -> list[Pair]:
+    """Every tensor of a layout, and the parameter that it is; no memory is needed."""
+
+    def one(path: str, shape: Shape) -> Pair:
+        lies = mapping.Layout(lambda x: _to_ours(model, path, x), lambda x: _to_theirs(model, path, x))
+        there = lies.to_theirs(np.broadcast_to(np.float32(0), shape)).shape
+        return Pair(_name(model, layout, path), there, path, None, lies)
+
+    return [one(path, leaf.shape) for path, leaf in traverse_util.flatten_dict(shapes(model), sep="/").items()]
+
+
 def imported(model: Autoencoder, source: Mapping[str, np.ndarray]) -> Tree:
-    """Its parameters, of tensors under either layout's names; `mapping.into` says what does not fit."""
-    layout: Layout = "original" if "conv1.weight" in source else "diffusers"
-    paths = {theirs: ours for ours, theirs in names(model, layout).items()}
-    fitted = {name: _to_ours(model, paths[name], array) if name in paths else array for name, array in source.items()}
-    return mapping.into(shapes(model), fitted, [(re.escape(theirs), ours) for theirs, ours in paths.items()])
+    """Its parameters, of tensors under either layout's names; `mapping.agree` says what does not fit."""
+    found = pairs(model, layout_of(source))
+    mapping.agree(found, {name: array.shape for name, array in source.items()})
+    return weights.fill(shapes(model), weights.of_theirs(found, source.__getitem__))
 
 
 def exported(model: Autoencoder, params: Tree, layout: Layout) -> dict[str, np.ndarray]:
     """The parameters under a layout's names: the inverse of `imported`."""
-    flat = traverse_util.flatten_dict(params, sep="/")
-    there = {theirs: _to_theirs(model, ours, flat[ours]) for ours, theirs in names(model, layout).items()}
-    return {name: np.ascontiguousarray(array) for name, array in there.items()}
+    part = weights.of_tree(params)
+    return {
+        pair.theirs: np.ascontiguousarray(pair.layout.to_theirs(part(pair.ours, None))) for pair in pairs(model, layout)
+    }
 
 
-def shapes_there(model: Autoencoder, layout: Layout) -> dict[str, tuple[int, ...]]:
+def shapes_there(model: Autoencoder, layout: Layout) -> dict[str, Shape]:
     """Names and shapes of a layout; no memory is needed."""
-    flat = traverse_util.flatten_dict(shapes(model), sep="/")
-    values = {path: np.broadcast_to(np.float32(0), leaf.shape) for path, leaf in flat.items()}
-    return {theirs: _to_theirs(model, ours, values[ours]).shape for ours, theirs in names(model, layout).items()}
-
-
-def names(model: Autoencoder, layout: Layout) -> dict[str, str]:
-    """Our path of every parameter, joined by "/" -> its name in a layout."""
-    return {path: _name(model, layout, path) for path in traverse_util.flatten_dict(shapes(model), sep="/")}
+    return {pair.theirs: pair.shape for pair in pairs(model, layout)}
 
 
 @functools.cache
@@ -297,20 +350,19 @@ _OF_ONE_FRAME = ("/space/kernel", "/qkv/kernel", "/out/kernel")
 
 
 def _to_ours(model: Autoencoder, path: str, array: np.ndarray) -> np.ndarray:
-    """A tensor of theirs with our axes and channels; what is a kernel is still to be turned."""
-    array = np.asarray(array)
+    """A tensor of theirs as our parameter."""
     if path.endswith("/gamma"):
         return array.reshape(-1)
-    if path.endswith(_OF_ONE_FRAME) and array.ndim == 4:
-        return array[:, :, None]
-    axis, order = _axis_of_pixels(path), _order(model)
-    if axis is not None and array.ndim > axis and array.shape[axis] == len(order):
-        return np.take(array, order, axis)
-    return array
+    if path.endswith(_OF_ONE_FRAME):
+        array = array[:, :, None]
+    axis = _axis_of_pixels(path)
+    if axis is not None:
+        array = np.take(array, _order(model), axis)
+    return mapping.turned(array) if path.endswith("/kernel") else array
 
 
 def _to_theirs(model: Autoencoder, path: str, array: Any) -> np.ndarray:
-    """The inverse of `_to_ours` and of turning."""
+    """The inverse of `_to_ours`."""
     array = np.asarray(array)
     if path.endswith("/gamma"):
         return array.reshape(-1, *(1,) * (2 if path.endswith("attention/norm/gamma") else 3))

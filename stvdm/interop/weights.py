@@ -209,6 +209,7 @@ class Tensor(NamedTuple):
     name: str
     shape: Shape
     parts: Callable[[], Iterable[np.ndarray]]
+    dtype: np.dtype | None = None  # in the file; None: that of the others
 
 
 def theirs(pairs: Sequence[Pair], part: Part) -> list[Tensor]:
@@ -220,12 +221,19 @@ def theirs(pairs: Sequence[Pair], part: Part) -> list[Tensor]:
     return [one(pair) for pair in pairs]
 
 
-def ours(shapes: Tree, part: Part, *, prefix: str = "", stacked: str = "") -> list[Tensor]:
-    """Our parameters under our names behind ``prefix``, for `write`; layers come one by one."""
+def ours(
+    shapes: Tree, part: Part, *, prefix: str = "", stacked: str = "", dtype: jax.typing.DTypeLike | None = None
+) -> list[Tensor]:
+    """Our parameters under our names behind ``prefix``, for `write`; layers come one by one.
+
+    Args:
+      dtype: of these in the file; None: that of `write`.
+    """
+    kind = None if dtype is None else np.dtype(dtype)
 
     def one(path: str, shape: Shape) -> Tensor:
         layers = mapping.layers_of(path, shape, stacked)
-        return Tensor(prefix + path, shape, lambda: (part(path, layer) for layer, *_ in layers))
+        return Tensor(prefix + path, shape, lambda: (part(path, layer) for layer, *_ in layers), kind)
 
     return [one(path, tuple(leaf.shape)) for path, leaf in traverse_util.flatten_dict(shapes, sep="/").items()]
 
@@ -256,8 +264,8 @@ def write(
         raise ValueError(f"dtype={kind}: safetensors knows {', '.join(map(str, _NAMES))}.")
     shards: list[list[Tensor]] = [[]]
     filled = 0
-    for tensor in sorted(tensors):
-        size = math.prod(tensor.shape) * kind.itemsize
+    for tensor in sorted((tensor._replace(dtype=tensor.dtype or kind) for tensor in tensors), key=lambda one: one.name):
+        size = _size(tensor)
         if shards[-1] and filled + size > shard_bytes:
             shards.append([])
             filled = 0
@@ -268,29 +276,35 @@ def write(
         f"{stem}.safetensors" if one else f"{stem}-{i + 1:05}-of-{len(shards):05}.safetensors"
         for i in range(len(shards))
     ]
-    digests = {file: _write_file(target / file, shard, kind) for file, shard in zip(files, shards, strict=True)}
+    digests = {file: _write_file(target / file, shard) for file, shard in zip(files, shards, strict=True)}
     if jax.process_index() != 0:
         return {}
     if not one:
-        total = sum(math.prod(tensor.shape) for tensor in tensors) * kind.itemsize
+        total = sum(_size(tensor) for shard in shards for tensor in shard)
         where = {tensor.name: file for file, shard in zip(files, shards, strict=True) for tensor in shard}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
         (target / f"{stem}{INDEX}").write_text(json.dumps(index, indent=2) + "\n")
     return digests
 
 
-def _write_file(path: epath.Path, tensors: Sequence[Tensor], dtype: np.dtype) -> str:
+def _size(tensor: Tensor) -> int:
+    """Bytes in the file."""
+    assert tensor.dtype is not None
+    return math.prod(tensor.shape) * tensor.dtype.itemsize
+
+
+def _write_file(path: epath.Path, tensors: Sequence[Tensor]) -> str:
     """Header, then each tensor's parts; under another name until all is there."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files that do not say it
     end = 0
     for tensor in tensors:
-        start, end = end, end + math.prod(tensor.shape) * dtype.itemsize
-        header[tensor.name] = {"dtype": _NAMES[dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start, end = end, end + _size(tensor)
+        header[tensor.name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     told = json.dumps(header, separators=(",", ":")).encode()
     told += b" " * (-len(told) % 8)  # so that data is aligned
     chunks: Iterator[bytes | memoryview] = itertools.chain(
         [len(told).to_bytes(8, "little"), told],
-        (_bytes(array, dtype) for tensor in tensors for array in tensor.parts()),
+        (_bytes(array, tensor.dtype) for tensor in tensors for array in tensor.parts()),
     )
     if jax.process_index() != 0:
         for _ in chunks:  # the others take part in gathering
@@ -308,7 +322,7 @@ def _write_file(path: epath.Path, tensors: Sequence[Tensor], dtype: np.dtype) ->
     return digest.hexdigest()
 
 
-def _bytes(array: np.ndarray, dtype: np.dtype) -> memoryview:
+def _bytes(array: np.ndarray, dtype: np.dtype | None) -> memoryview:
     return np.ascontiguousarray(array, dtype=dtype).reshape(-1).view(np.uint8).data
 
 

@@ -347,22 +347,31 @@ class Start(NamedTuple):
 
 
 def start_of(path: epath.PathLike, coder_params: Tree) -> Start:
-    """The model in a folder.
+    """The model in a folder: a trained or imported one, or an imported transformer alone.
 
     Raises:
-      ValueError: if it is an autoencoder alone, or its latents are of another one than these.
+      ValueError: if it is an autoencoder alone or two transformers, or its latents are of another autoencoder than
+        these.
     """
     params, description = checkpoint.load_model(pipeline.model_folder(path))
-    if description["kind"] != "dit":
-        raise ValueError(f"start_from={str(path)!r}: a model of kind {description['kind']!r}, expected 'dit'.")
-    ours, theirs = coder_params["statistics"], params["statistics"]
-    if not all(np.array_equal(ours[name], theirs[name]) for name in ours):
+    kind = description["kind"]
+    if "dit_high_noise" in params:
         raise ValueError(
-            f"start_from={str(path)!r}: it was trained on the latents of another autoencoder, expected that of this "
-            "config; name the one in that folder as `autoencoder`, or start from another model."
+            f"start_from={str(path)!r}: a model of two transformers that take turns, and a training is of one. Import "
+            "one of them alone, e.g. from its folder transformer_2, and start from that."
         )
+    if kind not in ("dit", "transformers"):
+        raise ValueError(f"start_from={str(path)!r}: a model of kind {kind!r}, expected 'dit' or 'transformers'.")
+    if kind == "dit":
+        ours, theirs = coder_params["statistics"], params["statistics"]
+        if not all(np.array_equal(ours[name], theirs[name]) for name in ours):
+            raise ValueError(
+                f"start_from={str(path)!r}: it was trained on the latents of another autoencoder, expected that of "
+                "this config; name the one in that folder as `autoencoder`, or start from another model."
+            )
     weights = {name: params[name] for name in ("dit", "text") if name in params}
-    return Start(weights, tuple(description["config"]["text"]["words"]), description["sha256"])
+    words = tuple(description["config"]["text"]["words"]) if kind == "dit" else ()
+    return Start(weights, words, description["sha256"])
 
 
 def frozen_weights(config: ConfigDict, coder_params: Tree) -> Tree:

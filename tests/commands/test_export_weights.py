@@ -24,7 +24,9 @@ def published(tmp_path):
 
 def test_weights_come_in_and_go_out_as_they_were(published, tmp_path, capsys):
     assert cli.main(["import", f"--from={published.parent}", f"--to={tmp_path}/ours"]) == 0
-    assert json.loads(capsys.readouterr().out)["dit"]["latent_channels"] > 0
+    said = capsys.readouterr()
+    assert "no autoencoder comes with it" in said.err
+    assert json.loads(said.out)["transformers"]["dit"]["latent_channels"] > 0
     assert cli.main(["export", f"--from={tmp_path}/ours", f"--to={tmp_path}/back", "--format=diffusers"]) == 0
     assert capsys.readouterr().out == f"{tmp_path}/back/transformer\n"
     given = load_file(published / "weights.safetensors")

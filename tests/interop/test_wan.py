@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stvdm import checkpoint, sharding
+from stvdm import sharding
 from stvdm.interop import mapping, wan, weights
 from stvdm.models.block import Block
 from stvdm.models.dit import DiT
@@ -190,58 +190,6 @@ def test_configs_of_other_models_are_refused():
         wan.pairs(dit.clone(text_path="joint"), "original")
 
 
-def files_of(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def randomly(dit, seed):
-    random = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: random.normal(size=leaf.shape).astype(np.float32), nn.unbox(wan.shapes_of(dit)))
-
-
-@pytest.mark.parametrize(
-    "form, names",
-    [
-        ("diffusers", ("transformer", "transformer_2")),
-        ("original", ("high_noise_model", "low_noise_model")),
-        ("diffusers", ("transformer",)),
-        ("original", (".",)),
-    ],
-)
-def test_whole_folders_come_in_and_go_out(tmp_path, form, names):
-    dit, _ = tiny("ti2v" if len(names) == 1 else "t2v")
-    trees = [randomly(dit, seed) for seed in range(len(names))]
-    for name, tree in zip(names, trees, strict=True):
-        wan.save(tmp_path / "model" / name, dit, weights.of_tree(tree), form, shard_bytes=60_000)
-    fields = wan.bring(tmp_path / "model", tmp_path / "ours")
-    expected = ["dit"] if len(names) == 1 else ["dit_high_noise", "dit_low_noise"]
-    assert list(fields) == expected
-    params, description = checkpoint.load_model(tmp_path / "ours")
-    assert all(DiT(**found | {"patch": tuple(found["patch"])}) == dit for found in description["transformers"].values())
-    for name, tree in zip(expected, trees, strict=True):
-        jax.tree.map(np.testing.assert_array_equal, params[name], tree)
-    wan.give(tmp_path / "ours", tmp_path / "back", form, shard_bytes=60_000)
-    assert files_of(tmp_path / "back") == files_of(tmp_path / "model")
-
-
-def test_what_was_trained_here_goes_out(tmp_path, tiny_model):
-    (folder,) = wan.give(tiny_model, tmp_path, "diffusers")
-    assert folder == str(tmp_path / "transformer")
-    dit, params = wan.load(folder)
-    ours, description = checkpoint.load_model(tiny_model)
-    jax.tree.map(np.testing.assert_array_equal, params, ours["dit"])
-    assert (dit.text_width, dit.num_heads, dit.patch) == (8, 2, (1, 2, 2))
-    for flow, said in (({"prediction": "x0"}, "expects 'rectified' and 'velocity'"), ({"path": "cosine"}, "expects")):
-        config = description["config"]
-        other = description | {"config": config | {"flow": config["flow"] | flow}}
-        checkpoint.save_model(tmp_path / "other", ours, other)
-        with pytest.raises(ValueError, match=said):
-            wan.give(tmp_path / "other", tmp_path / "out", "original")
-    checkpoint.save_model(tmp_path / "other", ours, description | {"kind": "autoencoder"})
-    with pytest.raises(ValueError, match="kind 'autoencoder', expected 'dit' or 'transformers'"):
-        wan.held(tmp_path / "other")
-
-
 def test_weights_are_loaded_onto_a_mesh(tmp_path):
     dit, params = tiny("i2v")
     wan.save(tmp_path, dit, weights.of_tree(params), "diffusers", dtype="bfloat16", shard_bytes=100_000)
@@ -260,10 +208,6 @@ def test_folders_that_are_none_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="expected the folder of a Wan model or of its transformer"):
         wan.folders_of(tmp_path)
     wan.save(tmp_path / "one", dit, weights.of_tree(params), "original")
-    with pytest.raises(
-        FileNotFoundError, match="expected what `bring` or a training wrote, found no model.safetensors"
-    ):
-        wan.give(tmp_path / "one", tmp_path / "two", "diffusers")
     (tmp_path / "one" / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match="expected the config.json"):
         wan.opened(tmp_path / "one")

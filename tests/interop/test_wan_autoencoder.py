@@ -194,9 +194,9 @@ def test_errors_teach(tmp_path):
     with pytest.raises(ValueError, match="not this model's") as error:
         wan_autoencoder.imported(model, wrong)
     assert sorted(line.strip() for line in str(error.value).splitlines()[1:]) == [
-        "- decoder/norm_out/gamma: nothing fills it",
-        "- encoder.conv_in.weight: (3, 3, 3, 12, 4) for encoder/conv_in/kernel, expected (3, 3, 3, 3, 4)",
-        "- surprise (3,): no rule knows it",
+        "- decoder.norm_out.gamma (4, 1, 1, 1): missing",
+        "- encoder.conv_in.weight (4, 12, 3, 3, 3): expected (4, 3, 3, 3, 3)",
+        "- surprise (3,): left over",
     ]
     with pytest.raises(ValueError, match=r"attn_scales=\[1.0\]: expected \[\], which all published"):
         wan_autoencoder.model_of({"attn_scales": [1.0]})

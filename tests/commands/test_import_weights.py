@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`stvdm import`, and all that can be done with what it writes, by the commands alone."""
+
+import json
+import shlex
+
+import foreign_wan_model
+import jax
+import numpy as np
+import pytest
+
+from stvdm import checkpoint, cli, sharding
+from stvdm.interop import wan
+from stvdm.train.telemetry import METRICS_FILE, read_metrics
+
+CONFIG = "configs/wan_finetune.py"
+SMALL = """
+    --config.model.width=48 --config.model.num_layers=3 --config.model.num_heads=3 --config.model.mlp_width=80
+    --config.model.time_features=32 --config.text.width=24 --config.text.max_tokens=40
+    --config.data.buckets=((9,32,48,2,1.0),) --config.data.num_workers=0 --config.mesh.fsdp=1
+    --config.total_steps=2 --config.eval_every=0 --config.log_every=1
+"""
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    pytest.importorskip("tokenizers")
+    pytest.importorskip("ftfy")
+    return foreign_wan_model.write(tmp_path_factory.mktemp("published") / "wan")
+
+
+@pytest.fixture(scope="module")
+def ours(published, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ours") / "wan"
+    assert cli.main(["import", f"--from={published}", f"--to={folder}"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def latents(published, ours, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("latents")
+    make = f"preprocess --config={CONFIG}:1.3b-v6e-full --checkpoint={ours} --out={folder} --batch=2"
+    clips = (
+        f"--config.data.source=kinetic_shapes --config.data.num_clips=4 --config.text.tower={published}/text_encoder"
+    )
+    tower = f"--config.text.tower={published}/text_encoder"
+    assert cli.main(shlex.split(f"{make} {clips} {tower} {SMALL}")) == 0
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["full", "lora"])
+def test_what_comes_in_is_trained_on_sampled_and_goes_out(published, ours, latents, tmp_path, monkeypatch, how):
+    """The commands of the config's docstring, in small."""
+    whole = sharding.make_mesh
+    monkeypatch.setattr(sharding, "make_mesh", lambda **axes: whole(**axes, devices=jax.devices()[:1]))
+    run, tower = tmp_path / "run", f"--config.text.tower={published}/text_encoder"
+    places = f"--config.start_from={ours} --config.autoencoder={ours} --config.data.path={latents} {tower}"
+    train = f"train dit --config={CONFIG}:1.3b-v6e-{how} --workdir={run} {places} {SMALL}"
+    assert cli.main(shlex.split(train)) == 0
+    assert [row["step"] for row in read_metrics(run / METRICS_FILE)] == [1, 2]
+    before, after = checkpoint.load_model(ours)[0], run
+    if how == "lora":
+        after = tmp_path / "merged"
+        assert cli.main(["lora", "merge", f"--base={ours}", f"--lora={run}", f"--to={after}"]) == 0
+    make = f"generate 'a red ball' --checkpoint={run} --steps=2 --frames=5 --height=32 --width=48"
+    assert cli.main(shlex.split(f"{make} --output={tmp_path}/clips")) == 0
+    assert (tmp_path / "clips" / "a-red-ball-0.mp4").exists()
+    assert cli.main(["export", f"--from={after}", f"--to={tmp_path}/out", "--format=diffusers"]) == 0
+    dit, trained = wan.load(tmp_path / "out" / "transformer")
+    params, description = checkpoint.load_model(after / "model" if how == "full" else after)
+    jax.tree.map(np.testing.assert_array_equal, trained, params["dit"])
+    jax.tree.map(np.testing.assert_array_equal, params["autoencoder"], before["autoencoder"])
+    apart = [float(np.abs(x - y).max()) for x, y in zip(*map(jax.tree.leaves, (trained, before["dit"])), strict=True)]
+    assert 0 < max(apart) < 0.1
+    assert description["sha256"] in (tmp_path / "out" / "README.md").read_text()
+    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("accelerate")
+    pipe = diffusers.WanPipeline.from_pretrained(tmp_path / "out", text_encoder=None, tokenizer=None)
+    for name, tensor in pipe.transformer.state_dict().items():
+        np.testing.assert_array_equal(tensor.numpy(), next(_tensors(dit, trained, name)))
+
+
+def _tensors(dit, params, name):
+    from stvdm.interop import weights
+
+    pairs = [pair for pair in wan.pairs(dit, "diffusers") if pair.theirs == name]
+    return (next(iter(tensor.parts())) for tensor in weights.theirs(pairs, weights.of_tree(params)))
+
+
+def test_a_model_of_two_transformers_or_of_images_is_not_trained(published, tmp_path):
+    from stvdm import config as base
+    from stvdm.train import dit as trainer
+
+    both = foreign_wan_model.write(tmp_path / "both", two=True)
+    assert cli.main(["import", f"--from={both}", f"--to={tmp_path}/ours"]) == 0
+    with pytest.raises(ValueError, match="two transformers that take turns, and a training is of one"):
+        trainer.start_of(tmp_path / "ours", {})
+    assert cli.main(["import", f"--from={both}/transformer_2", f"--to={tmp_path}/low"]) == 0
+    coder_params, _ = trainer.load_autoencoder(tmp_path / "ours")
+    start = trainer.start_of(tmp_path / "low", coder_params)
+    second, _ = checkpoint.load_model(tmp_path / "ours")
+    jax.tree.map(np.testing.assert_array_equal, start.weights["dit"], second["dit_low_noise"])
+    config = base.dit()
+    config.autoencoder = "wan"
+    config.model.extra_channels = 20
+    with pytest.raises(ValueError, match="can be imported, sampled and exported, but not yet be trained"):
+        base.validate(config)
+
+
+def test_the_description_is_printed(ours, published, tmp_path, capsys):
+    assert cli.main(["import", f"--from={published}", f"--to={tmp_path}/ours", "--dtype=bfloat16"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["config"]["text"]["tower"] == str(published / "text_encoder")
+    assert said["config"]["model"]["dtype"] == "bfloat16"
