@@ -61,6 +61,7 @@ LADDER = """
     sampling.inspection
     sampling.attention_page
     interop.wan
+    interop.stablehlo
     interop.diffusers
     evaluation.result_file
     evaluation.comparison
