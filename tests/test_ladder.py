@@ -62,6 +62,7 @@ LADDER = """
     sampling.attention_page
     interop.wan
     interop.wan_model
+    interop.stablehlo
     interop.diffusers
     evaluation.result_file
     evaluation.comparison

@@ -12,6 +12,7 @@ and by diffusers, and the parameter that it is (`mapping.pairs_of`).
 | comfyui | ``diffusion_model.blocks.0.self_attn.q.lora_A.weight``: the authors' |
 | peft | ``base_model.model.blocks.0.attn1.to_q.lora_A.weight``: diffusers', with adapter_config.json beside it |
 | diffusers | ``transformer.blocks.0.attn1.to_q.lora_A.weight`` |
+| kohya, read alone | ``lora_unet_blocks_0_self_attn_q.lora_down.weight``: either's, without its dots |
 
 lora_A is (rank, in) and lora_B (out, rank); elsewhere they are called lora_down and lora_up. Of a layer with ``alpha``
 they count alpha / rank times, and without it once. Read is any of these, written are lora_A and lora_B that count once.
@@ -36,22 +37,23 @@ FORMATS = {  # whose names of layers, and what stands before them
     "peft": ("diffusers", "base_model.model."),
     "diffusers": ("diffusers", "transformer."),
 }
-_PREFIXES = r"(?:base_model\.model\.|model\.)?(?:diffusion_model\.|transformer\.)?"
+_PREFIXES = r"lora_unet_|(?:base_model\.model\.|model\.)?(?:diffusion_model\.|transformer\.)?"
 _HALVES = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up"}
 
 
 def from_foreign(tensors: Mapping[str, np.ndarray], tables: Tables) -> Tree:
-    """Adapters of a file, in any of `FORMATS`. Layers that it has none for get zeros, as do lesser ranks.
+    """Adapters of a file, in any of `FORMATS` or kohya's. Layers that it has none for get zeros, as do lesser ranks.
 
     Raises:
       ValueError: listing the tensors that belong to no linear layer of the model, lack their other half, or do not fit.
     """
     pairs = {pair.theirs: pair for table in tables.values() for pair in table}
+    known = {_without_dots(name.removesuffix(".weight")): pair for name, pair in pairs.items()}
     found: dict[str, dict[str, np.ndarray]] = {}
     problems = []
     for name, tensor in tensors.items():
-        match = re.fullmatch(rf"{_PREFIXES}(.+?)\.(?:({'|'.join(_HALVES)})(?:\.default)?\.weight|alpha)", name)
-        pair = match and pairs.get(f"{match[1]}.weight")
+        match = re.fullmatch(rf"(?:{_PREFIXES})(.+?)\.(?:({'|'.join(_HALVES)})(?:\.default)?\.weight|alpha)", name)
+        pair = match and known.get(_without_dots(match[1]))
         if match is None or pair is None or len(pair.shape) != 2:
             problems.append(f"{name} {np.shape(tensor)}: no linear layer of the model has such an adapter")
         else:
@@ -141,6 +143,10 @@ def write(to: epath.PathLike, tensors: Mapping[str, np.ndarray], form: str) -> N
         target = target / "adapter_model.safetensors"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(save(dict(tensors), {"format": "pt"}))
+
+
+def _without_dots(layer: str) -> str:
+    return layer.replace(".", "_")
 
 
 def _wider(half: np.ndarray, rank: int, axis: int) -> np.ndarray:

@@ -43,3 +43,13 @@ def test_weights_that_do_not_fit_are_one_error_and_nothing_is_written(published,
     said = failure("import", f"--from={published.parent}", f"--to={tmp_path}/ours")
     assert "proj_out.weight" in said and "missing" in said and "strange" in said and "left over" in said
     assert not (tmp_path / "ours").exists()
+
+
+def test_programs_of_any_model(tiny_model, tmp_path, capsys, failure):
+    words = ["export", f"--from={tiny_model}", f"--to={tmp_path}/programs", "--format=stablehlo", "--clip=5x16x32"]
+    assert cli.main(words) == 0
+    assert f"{tmp_path}/programs/velocity.jax\n" in capsys.readouterr().out
+    said = json.loads((tmp_path / "programs" / "programs.json").read_text())["programs"]["velocity"]
+    assert said["outputs"] == {"velocity_Bthwz": "float32[B, 3, 4, 8, 4]"}
+    assert "multiple" in failure(*words[:-1], "--clip=5x17x32")
+    assert "--clip" in failure(*words[:-2], "--clip=5x16x16")

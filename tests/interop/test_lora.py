@@ -88,6 +88,30 @@ def test_files_of_all_kinds_are_read(adapters):
         assert not (theirs[2][3:] if is_up else theirs[2][:, 3:]).any()
 
 
+@pytest.mark.parametrize("names", ["original", "diffusers"])
+def test_several_files_are_read_together(adapters, names):
+    """One as kohya writes it, another as ComfyUI's, both changing the same layers; with weights, as one sum."""
+    others = draw(adapters, seed=7)
+    prefix = {"original": "comfyui", "diffusers": "diffusers"}[names]
+    kohya = {}
+    for name, tensor in files.to_foreign(adapters, TABLES, prefix).items():
+        layer, half = name.removeprefix(files.FORMATS[prefix][1]).removesuffix(".weight").rsplit(".", 1)
+        layer = "lora_unet_" + layer.replace(".", "_")
+        kohya[f"{layer}.{ {'lora_A': 'lora_down', 'lora_B': 'lora_up'}[half] }.weight"] = tensor
+        kohya[f"{layer}.alpha"] = np.float32(2.0)  # half of the rank
+    assert "lora_unet_blocks_0_ffn_0.lora_down.weight" in kohya or names == "diffusers"
+    read = files.from_foreign(kohya, TABLES), files.from_foreign(files.to_foreign(others, TABLES, "comfyui"), TABLES)
+    jax.tree.map(np.testing.assert_array_equal, read[0], lora.scaled(adapters, 0.5))
+    params = draw(nn.unbox({"dit": SHAPES}), seed=1)
+    together = lora.merged(params, [(read[0], 0.8), (read[1], -0.3)])
+    alone = lora.merged(lora.merged(params, [(adapters, 0.4)]), [(others, -0.3)])
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-4), together, alone)
+    beside = lora.beside(params, [(read[0], 0.8), (read[1], -0.3)])["dit"]["layers"]["block_0"]["mlp_in"]
+    assert beside["down"].shape == (3, 24, 8)  # of both ranks together
+    kernel = beside["kernel"] + np.asarray(beside["down"]) @ np.asarray(beside["up"])
+    np.testing.assert_allclose(kernel, together["dit"]["layers"]["block_0"]["mlp_in"]["kernel"], atol=1e-4)
+
+
 def test_what_has_no_place_is_named(adapters):
     tensors = files.to_foreign(adapters, TABLES, "comfyui")
     name = "diffusion_model.blocks.0.self_attn.q"

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model as StableHLO: its networks as programs that run where there is neither stvdm nor Flax.
+
+    stablehlo.write("runs/dit", "OUT")              # for clips as it was trained on; or size=(81, 480, 832)
+
+    from jax import export
+    from safetensors.numpy import load_file
+    velocity = export.deserialize(bytearray(open("OUT/velocity.jax", "rb").read()))
+    v_Bthwz = velocity.call(load_file("OUT/dit.safetensors"), latent_Bthwz=x, time_B=t, text_BSE=text, ...)
+
+| program | weights | what it gives |
+|---|---|---|
+| velocity | dit | of a noisy latent at a time: what a sampler follows from noise, time 1, to a clip, time 0 |
+| text | text | what the network reads, of words as numbers; where a published tower reads them there is none |
+| decode_first, decode_next | decoder | a latent frame as video, of a clip the first or a later; what to remember |
+
+programs.json has the files of each, and every input and output with its shape and dtype. Inputs are named, weights are
+a dict of arrays by name; to StableHLO they are one list: weights by name, then inputs by name, as jax.tree orders them.
+
+A file does for CPU, CUDA and TPU and for any number of clips B of one size. So it is plain XLA: attention in blocks, no
+kernel of one kind of chip. Weights are arguments, so that a program has some hundred kilobytes whatever their size, and
+they are copied a layer at a time. Later versions of JAX read such files for six months at least
+(https://docs.jax.dev/en/latest/export/export.html#compatibility-guarantees).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from flax import traverse_util
+from jax import export
+
+from stvdm import shapes, sharding
+from stvdm.checkpoint import DESCRIPTION, WEIGHTS
+from stvdm.diffusion import flow
+from stvdm.interop import mapping, wan, wan_autoencoder, wan_model, weights
+from stvdm.models import autoencoder3d
+from stvdm.models.block import MODULATED
+from stvdm.sampling import pipeline
+
+Tree = Any
+Size3 = tuple[int, int, int]
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+PROGRAMS = "programs.json"
+_WAN_CLIP, _WAN_WORDS, _WAN_IMAGE = (
+    (81, 480, 832),
+    512,
+    257,
+)  # what Wan's authors sample; text and image tokens it reads
+
+_WAN_OBJECTIVE = flow.Objective("velocity", flow.PATHS["rectified"])
+
+
+class Program(NamedTuple):
+    """What is to be written."""
+
+    function: Callable[..., Any]  # (params, **inputs) -> outputs
+    weights: str  # the file's name for those that it takes
+    holds: tuple[str, ...]  # beginnings of their names
+    inputs: dict[str, Any]  # name -> ShapeDtypeStruct, or a dict of such
+    outputs: tuple[str, ...]
+
+
+def write(
+    place: epath.PathLike,
+    target: epath.PathLike,
+    *,
+    size: Size3 | None = None,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    shard_bytes: int = weights.SHARD_BYTES,
+) -> list[str]:
+    """Writes the programs of a model and their weights; returns the paths of the files.
+
+    Args:
+      place: what a training or `stvdm import` wrote.
+      size: (T, H, W) of the clips; None: of the largest that it was trained on.
+      dtype: of weights and products.
+
+    Raises:
+      FileNotFoundError: if there is no model.
+      ValueError: for an autoencoder alone, a size that the model can't make, or if JAX runs on an accelerator, whose
+        own kernels would be in the programs.
+    """
+    if sharding.platform() != "cpu":
+        raise ValueError(
+            f"JAX runs on {sharding.platform()!r}, and would put kernels of that alone into the programs: set "
+            "JAX_PLATFORMS=cpu; nothing is computed here."
+        )
+    folder, out, kind = pipeline.model_folder(place), epath.Path(target).expanduser(), jnp.dtype(dtype)
+    missing = [name for name in (WEIGHTS, DESCRIPTION) if not (folder / name).exists()]
+    if missing:
+        raise FileNotFoundError(f"{folder}: expected a model, found no {' and no '.join(missing)}.")
+    description, source = json.loads((folder / DESCRIPTION).read_text()), weights.Weights(folder / WEIGHTS)
+    programs = _programs(folder, description, source, size, kind)
+    out.mkdir(parents=True, exist_ok=True)
+    said: dict[str, dict[str, Any]] = {}
+    files: dict[str, list[str]] = {}  # of weights
+    for name, program in programs.items():
+        names = sorted(found for found in source.shapes if found.startswith(program.holds))
+        if program.weights not in files:
+            tensors = [_tensor(source, found) for found in names]
+            written = weights.write(out, tensors, stem=program.weights, dtype=kind, shard_bytes=shard_bytes)
+            files[program.weights] = sorted(written)
+        params = {found: jax.ShapeDtypeStruct(source.shapes[found], kind) for found in names}
+        about = _exported(out / f"{name}.jax", program, params)
+        said[name] = {"file": f"{name}.jax", "weights": files[program.weights], **about}
+    whole = {"programs": said, "platforms": PLATFORMS, "jax": jax.__version__, "config": description.get("config")}
+    (out / PROGRAMS).write_text(json.dumps(whole, indent=1) + "\n")
+    everything = [about["file"] for about in said.values()] + [file for some in files.values() for file in some]
+    return [str(out / file) for file in (*everything, PROGRAMS)]
+
+
+def _exported(path: epath.Path, program: Program, params: dict[str, Any]) -> dict[str, Any]:
+    """Writes one program; returns what it takes and gives."""
+
+    def call(flat: dict[str, jax.Array], **inputs: Any) -> Any:
+        return program.function(traverse_util.unflatten_dict(flat, sep="/"), **inputs)
+
+    made = export.export(jax.jit(call, keep_unused=True), platforms=PLATFORMS)(params, **program.inputs)
+    path.write_bytes(bytes(made.serialize()))
+    outputs = jax.tree.unflatten(made.out_tree, made.out_avals)
+    outputs = outputs if len(program.outputs) > 1 else (outputs,)
+    return {
+        "inputs": jax.tree.map(_said, program.inputs),
+        "outputs": {name: jax.tree.map(_said, output) for name, output in zip(program.outputs, outputs, strict=True)},
+    }
+
+
+def _said(array: Any) -> str:
+    """float32[B, 5, 8, 8, 16]"""
+    return f"{jnp.dtype(array.dtype).name}[{', '.join(map(str, array.shape))}]"
+
+
+def _tensor(source: weights.Weights, name: str) -> weights.Tensor:
+    """A tensor of the file, for another; stacked layers come one by one."""
+    shape = source.shapes[name]
+    layers = [layer for layer, *_ in mapping.layers_of(name.partition("/")[2], shape, wan.STACKED)]
+    return weights.Tensor(name, shape, lambda: (source.read(name, layer) for layer in layers))
+
+
+# ---- what the programs are ------------------------------------------------------------------------------------------
+
+
+def _programs(
+    folder: epath.Path, description: Mapping[str, Any], source: weights.Weights, size: Size3 | None, dtype: jnp.dtype
+) -> dict[str, Program]:
+    (batch,) = export.symbolic_shape("B")
+    array = functools.partial(_array, batch)
+    if description["kind"] != "dit":
+        made = {}
+        for name, (dit, _) in wan_model.held(folder).transformers.items():
+            coder = wan_autoencoder.WAN_2_2 if dit.latent_channels == 48 else wan_autoencoder.WAN_2_1
+            reads = dict(text_BSE=array(_WAN_WORDS, dit.text_width, dtype=dtype))
+            velocity = _velocity(array, name, dit.copy(dtype=dtype), coder.latent_shape(size or _WAN_CLIP), reads)
+            made[f"velocity{name.removeprefix('dit')}"] = velocity
+        if not made:
+            raise ValueError(f"{folder}: an autoencoder alone, expected a model that makes clips; train one on it.")
+        return made
+
+    settings, text = description["config"], description["config"]["text"]
+    coder = pipeline.autoencoder_of(description["autoencoder"]).copy(dtype=dtype)
+    latent = coder.latent_shape(size or pipeline.largest_clip(settings))
+    plain = {**settings, "model": {**settings["model"], "matmul": "", "dtype": dtype.name}}
+    num_words = source.shapes.get("text/words", (0,))[0]
+    models = pipeline.build(plain, latent_channels=coder.latent_channels, num_words=num_words)
+    of_words = dict(mask_BS=array(text["max_tokens"], dtype=jnp.bool_))
+    reads = of_words | dict(text_BSE=array(text["max_tokens"], text["width"]))
+    objective = pipeline.objective(settings["flow"])
+    made = {
+        f"velocity{name.removeprefix('dit')}": _velocity(array, name, models.dit, latent, reads, objective)
+        for name in sorted({found.partition("/")[0] for found in source.shapes})
+        if name.startswith("dit")
+    }
+    if models.text is not None:
+        reader = models.text
+
+        def read(params: Tree, *, tokens_BS: jax.Array, mask_BS: jax.Array) -> jax.Array:
+            return reader.apply({"params": params["text"]}, tokens_BS, mask_BS)
+
+        of_words |= dict(tokens_BS=array(text["max_tokens"], dtype=jnp.int32))
+        made["text"] = Program(read, "text", ("text/",), of_words, ("text_BSE",))
+    statistics = {name: source.read(f"statistics/{name}") for name in ("mean_z", "std_z")}
+    return made | _decoder(array, coder, statistics, latent[1:])
+
+
+def _array(batch: Any, *sizes: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((batch, *sizes), dtype)
+
+
+def _velocity(
+    array: Callable[..., Any],
+    name: str,
+    network: Any,
+    latent: Size3,
+    reads: dict[str, Any],
+    objective: flow.Objective = _WAN_OBJECTIVE,
+) -> Program:
+    """Tokens where ``known_BN`` is true are at time 0, as the first frame of image-to-video; what it gives there is of
+    no use."""
+    z, num_tokens = network.latent_channels, math.prod(shapes.token_grid(latent, network.patch))
+    inputs = dict(latent_Bthwz=array(*latent, z + getattr(network, "extra_channels", 0)), time_B=array(), **reads)
+    if getattr(network, "time_path", "") in MODULATED:
+        inputs["known_BN"] = array(num_tokens, dtype=jnp.bool_)
+    if width := getattr(network, "image_width", 0):
+        inputs["image_BSE"] = array(_WAN_IMAGE, width)
+
+    def velocity(
+        params: Tree,
+        *,
+        latent_Bthwz: jax.Array,
+        time_B: jax.Array,
+        text_BSE: jax.Array,
+        mask_BS: jax.Array | None = None,
+        known_BN: jax.Array | None = None,
+        image_BSE: jax.Array | None = None,
+    ) -> jax.Array:
+        given_Bthwz = latent_Bthwz[..., z:]
+        image = {} if image_BSE is None else {"image_BSE": image_BSE}
+
+        def predict(x_Bthwz: jax.Array, t_B: jax.Array) -> jax.Array:
+            x_Bthwz = jnp.concatenate([x_Bthwz, given_Bthwz], axis=-1)
+            time_BK, level_BN = t_B[:, None], None
+            if known_BN is not None:
+                time_BK, level_BN = jnp.stack([t_B, jnp.zeros_like(t_B)], axis=1), known_BN.astype(jnp.int32)
+            told = (x_Bthwz, time_BK, level_BN, text_BSE, mask_BS)
+            return network.apply({"params": params[name]}, *told, **image)
+
+        return flow.velocity_field(predict, objective=objective)(latent_Bthwz[..., :z], time_B)
+
+    return Program(velocity, name, (f"{name}/",), inputs, ("velocity_Bthwz",))
+
+
+def _decoder(
+    array: Callable[..., Any], coder: autoencoder3d.Autoencoder, statistics: Mapping[str, Any], frame: tuple[int, int]
+) -> dict[str, Program]:
+    """Of normalised latents, a frame of them at a time; "remembered" of one call is an input of the next."""
+
+    def decode(params: Tree, *, latent_B1hwz: jax.Array, remembered: Mapping[str, jax.Array] | None = None) -> Any:
+        latent_B1hwz = autoencoder3d.denormalise(latent_B1hwz, dict(statistics))
+        cache = traverse_util.unflatten_dict(dict(remembered or {}), sep="/")
+        video_BTHWC, cache = autoencoder3d.decode_chunk(coder, params["autoencoder"], latent_B1hwz, cache)
+        return video_BTHWC, traverse_util.flatten_dict(cache, sep="/")
+
+    latent = dict(latent_B1hwz=array(1, *frame, coder.latent_channels))
+    params = {"autoencoder": wan_autoencoder.shapes(coder)}
+    _, remembered = jax.eval_shape(decode, params, **latent)
+    whole = functools.partial(Program, decode, "decoder", ("autoencoder/decoder/", "autoencoder/post_quant/"))
+    outputs = ("video_BTHWC", "remembered")
+    return {
+        "decode_first": whole(latent, outputs),
+        "decode_next": whole(latent | {"remembered": remembered}, outputs),
+    }
