@@ -15,8 +15,8 @@ def add(commands: Any) -> None:
         "write a model of Wan's shape as diffusers or the authors' code loads it, any model as StableHLO",
         "stvdm export --from=runs/wan --to=out/wan --format=diffusers --dtype=bfloat16",
         "Sharded safetensors with their index, config.json, and for diffusers what WanPipeline.from_pretrained reads. "
-        "README.md there says how, and wants a licence from you. StableHLO: programs for CPU, CUDA and TPU that need no "
-        "stvdm, their weights beside them, and programs.json, which says what they take.",
+        "README.md there says how, and wants a licence from you. StableHLO: programs for CPU, CUDA and TPU that need "
+        "no stvdm, their weights beside them, and programs.json, which says what they take.",
     )
     command.add_argument(
         "--from",
