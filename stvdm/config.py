@@ -88,6 +88,10 @@ def dit() -> ConfigDict:
         num_layers=2,  # of the small encoder
         num_heads=4,
     )
+    config.image = _section(
+        tower="",  # folder or hub's OWNER/NAME of a published CLIP that looks at images, for a network that reads them
+        tower_dtype="bfloat16",  # of its weights and products
+    )
     config.flow = _section(
         path="rectified",  # x_t = (1-t) data + t noise; or 'cosine', variance preserving
         prediction="velocity",  # what the network gives: velocity, epsilon, x0 or v
@@ -105,7 +109,11 @@ def dit() -> ConfigDict:
         guidance=4.0,  # scale of classifier-free guidance; 1: none
         guidance_interval=(0.0, 1.0),  # times between which guidance acts
         guidance_rescale=0.0,  # 0: none, 1: keep the deviation of the conditional prediction
+        negative="",  # the prompt that guidance leads away from
+        boundary=0.0,  # of two networks that take turns: the time from which on, towards noise, the first one works
+        guidance_low=0.0,  # of the second of two networks; 0: as of the first
         shift=1.0,  # of the sampling schedule; 0: by token count
+        spacing="even",  # of times before the shift: 'even', or as diffusers' schedulers have it, 'unipc' or 'euler'
         previews=(),  # prompts that are sampled with each evaluation; none: captions of held-out clips
     )
     return config.lock()
@@ -388,6 +396,9 @@ def _dit_problems(config: ConfigDict) -> Iterator[str]:
     yield from _choice("flow.prediction", flow.prediction, ("velocity", "epsilon", "x0", "v"))
     yield from _choice("flow.density", flow.density, ("logit_normal", "uniform"))
     yield from _choice("sample.sampler", config.sample.sampler, ("euler", "heun", "dpm++", "unipc"))
+    yield from _choice("sample.spacing", config.sample.spacing, ("even", "unipc", "euler"))
+    if not 0 <= config.sample.boundary < 1:
+        yield f"sample.boundary={config.sample.boundary}: expected 0 <= time < 1; 0 where no two networks take turns."
     yield from _choice("model.matmul", model.matmul, ("", "int8", "fp8"))
     low, high = config.sample.guidance_interval
     if not 0 <= low < high <= 1:
@@ -398,6 +409,7 @@ def _dit_problems(config: ConfigDict) -> Iterator[str]:
     yield from _unet_problems(model) if model.network == "unet" else _transformer_problems(model)
     yield from _choice("text.padding", config.text.padding, ("masked", "zeros"))
     yield from _choice("text.tower_dtype", config.text.tower_dtype, ("float32", "bfloat16"))
+    yield from _choice("image.tower_dtype", config.image.tower_dtype, ("float32", "bfloat16"))
     split = [("model.num_heads", model.num_heads)]
     if not config.text.tower:
         split.append(("text.num_heads", config.text.num_heads))
