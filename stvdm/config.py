@@ -398,6 +398,9 @@ def _dit_problems(config: ConfigDict) -> Iterator[str]:
     yield from _choice("flow.prediction", flow.prediction, ("velocity", "epsilon", "x0", "v"))
     yield from _choice("flow.density", flow.density, ("logit_normal", "uniform"))
     yield from _choice("sample.sampler", config.sample.sampler, ("euler", "heun", "dpm++", "unipc"))
+    yield from _choice("sample.spacing", config.sample.spacing, ("even", "unipc", "euler"))
+    if not 0 <= config.sample.boundary < 1:
+        yield f"sample.boundary={config.sample.boundary}: expected 0 <= time < 1; 0 where no two networks take turns."
     yield from _choice("model.matmul", model.matmul, ("", "int8", "fp8"))
     low, high = config.sample.guidance_interval
     if not 0 <= low < high <= 1:
@@ -408,6 +411,7 @@ def _dit_problems(config: ConfigDict) -> Iterator[str]:
     yield from _unet_problems(model) if model.network == "unet" else _transformer_problems(model)
     yield from _choice("text.padding", config.text.padding, ("masked", "zeros"))
     yield from _choice("text.tower_dtype", config.text.tower_dtype, ("float32", "bfloat16"))
+    yield from _choice("image.tower_dtype", config.image.tower_dtype, ("float32", "bfloat16"))
     split = [("model.num_heads", model.num_heads)]
     if not config.text.tower:
         split.append(("text.num_heads", config.text.num_heads))

@@ -56,6 +56,8 @@ LADDER = """
     data.buckets
     data.loader
     preprocess
+    sampling.first_frame
+    sampling.denoising
     sampling.tasks
     sampling.pipeline
     sampling.inspection

@@ -29,6 +29,11 @@ def add(commands: Any) -> None:
     command.add_argument("prompts", nargs="+", metavar="PROMPT", help="what should be seen; quote each prompt")
     command.add_argument("--num", type=parts.count, default=1, metavar="N", help="clips for each prompt (default 1)")
     parts.add_sampling(command)
+    command.add_argument("--negative", metavar="PROMPT", help="what should not be seen; guidance leads away from it")
+    command.add_argument("--image", metavar="FILE", help="what all clips begin with, cut to their sides")
+    command.add_argument(
+        "--guidance-low", type=float, metavar="SCALE", help="of a model of two networks: guidance of the second"
+    )
     command.add_argument("--frames", type=parts.count, metavar="T", help="frames of a clip")
     command.add_argument("--height", type=parts.count, metavar="H", help="pixels")
     command.add_argument("--width", type=parts.count, metavar="W", help="pixels")
@@ -37,6 +42,7 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--tower", metavar="DIR", help="the published tower that reads its prompts, if not where it lay in training"
     )
+    command.add_argument("--image-tower", metavar="DIR", help="the same of the one that looks at its images")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -48,15 +54,22 @@ def run(args: argparse.Namespace) -> None:
 
     with parts.progress() as show:
         show("loading the model")
+        image = None if args.image is None else _image(args.image)
         loaded = pipeline.Pipeline.load(
-            None if args.checkpoint == parts.BUNDLED else args.checkpoint, tower=args.tower, adapters=args.lora
+            None if args.checkpoint == parts.BUNDLED else args.checkpoint,
+            tower=args.tower,
+            image_tower=args.image_tower,
+            adapters=args.lora,
         )
         show("compiling")
         result = loaded.generate(
             args.prompts,
             num=args.num,
+            negative=args.negative,
+            image=image,
             steps=args.steps,
             guidance=args.guidance,
+            guidance_low=args.guidance_low,
             sampler=args.sampler,
             seed=args.seed,
             num_frames=args.frames,
@@ -89,6 +102,14 @@ def run(args: argparse.Namespace) -> None:
     for stem in stems:
         print(output / f"{stem}.mp4")
     print(output / "contact.png")
+
+
+def _image(path: str) -> Any:
+    """Bytes (H, W, 3): the upright pixels of a picture: of a video its first frame."""
+    from stvdm.data import video
+
+    info = video.probe(path)
+    return video.read_video(path, num_frames=1, fps=1, height=info.height, width=info.width)[0]
 
 
 def _stems(prompts: Sequence[str], seeds: Sequence[int]) -> list[str]:

@@ -17,6 +17,7 @@ tests/diffusion/test_samplers.py; strictly inside the clock, where l is finite, 
 
     latent = sample(velocity, noise, schedules.shifted(50, shift=3.0), sampler=unipc())
     march = sample(velocity, noise, times, sampler=heun(), return_path=True)       # (steps + 1, B, t, h, w, z)
+    x, state = go_on(velocity, noise, unipc().init(noise), times[:9], sampler=unipc())            # some of the steps
 """
 
 from collections.abc import Callable
@@ -69,18 +70,56 @@ def sample(
     if times.ndim != 1 or times.shape[0] < 2:
         raise ValueError(f"times.shape={times.shape}: expected (num_steps + 1,), e.g. schedules.uniform(50).")
     noise = noise.astype(jnp.promote_types(noise.dtype, jnp.float32))
-    times = times.astype(noise.dtype)
+    x, _, visited = _steps(velocity, noise, sampler.init(noise), times, sampler, callback, 0, keep=return_path)
+    return jnp.concatenate([noise[None], visited]) if return_path else x
+
+
+def go_on(
+    velocity: Velocity,
+    x: Array,
+    state: State,
+    times: Array,
+    *,
+    sampler: Sampler,
+    callback: Callable[[int], None] | None = None,
+    num_done: Array | int = 0,
+) -> tuple[Array, State]:
+    """What `sample` does from a point on the way: (x, state) at times[-1], of those at times[0].
+
+    With the state that a sampler left, one velocity can be followed for some steps and then another.
+
+    Args:
+      state: what the sampler remembers of the steps before; ``sampler.init(x)`` if there are none.
+      num_done: steps done before, which the callback counts along.
+    """
+    x, state, _ = _steps(velocity, x, state, jnp.asarray(times), sampler, callback, num_done, keep=False)
+    return x, state
+
+
+def _steps(
+    velocity: Velocity,
+    x: Array,
+    state: State,
+    times: Array,
+    sampler: Sampler,
+    callback: Callable[[int], None] | None,
+    num_done: Array | int,
+    *,
+    keep: bool,
+) -> tuple[Array, State, Any]:
+    """(x, state) at times[-1], and with ``keep`` all x behind the first."""
+    times = times.astype(x.dtype)
 
     def step(carry: tuple[Array, State], interval: tuple[Array, Array, Array]) -> tuple[tuple[Array, State], Any]:
-        t, t_next, num_done = interval
+        t, t_next, done = interval
         x, state = sampler.step(velocity, carry[1], carry[0], t, t_next)
         if callback is not None:
-            jax.debug.callback(lambda done: callback(int(done)), num_done)
-        return (x, state), x if return_path else None
+            jax.debug.callback(lambda done: callback(int(done)), done)
+        return (x, state), x if keep else None
 
-    intervals = (times[:-1], times[1:], jnp.arange(1, times.shape[0]))
-    (x, _), visited = jax.lax.scan(step, (noise, sampler.init(noise)), intervals)
-    return jnp.concatenate([noise[None], visited]) if return_path else x
+    intervals = (times[:-1], times[1:], num_done + jnp.arange(1, times.shape[0]))
+    (x, state), visited = jax.lax.scan(step, (x, state), intervals)
+    return x, state, visited
 
 
 def euler() -> Sampler:

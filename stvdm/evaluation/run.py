@@ -32,8 +32,9 @@ from stvdm.data.kinetic_shapes import Scene, World
 from stvdm.diffusion import flow
 from stvdm.evaluation import instruments, metrics, physics, published, result_file
 from stvdm.models import video_features
-from stvdm.sampling import pipeline as sampling
-from stvdm.sampling.pipeline import Models, Pipeline, Result, to_model_range
+from stvdm.sampling import denoising
+from stvdm.sampling.denoising import Models
+from stvdm.sampling.pipeline import Pipeline, Result, to_model_range
 
 HIGHER_IS_BETTER = (*physics.RIGHT_OR_WRONG, "all_right", "colour_constancy")
 OF_THE_PROMPT = (*physics.PROMPT, "all_right")  # items that a clip can only get right by reading its prompt, or by luck
@@ -281,7 +282,7 @@ def flow_loss(
     2 or so for a fresh model, whose velocity is 0. Compare only models of one autoencoder and one path: the unit is the
     latent's deviation. Cannot see: which errors matter. What a viewer notices first is a small part of it.
     """
-    objective = sampling.objective(pipeline.settings["flow"])
+    objective = denoising.objective(pipeline.settings["flow"])
     errors = []
     for start in range(0, len(latents), batch):
         latent = _filled(latents[start : start + batch], batch)

@@ -4,6 +4,7 @@ gave out.
 
     model, params, tokenizer = towers.t5("google/umt5-xxl")
     model, params, tokenizer = towers.clip("openai/clip-vit-base-patch32")
+    image_BSE = towers.looker("Wan2.1-I2V-14B-480P-Diffusers/image_encoder")([image_HWC])
     model, params = towers.videomae("MCG-NJU/videomae-base-finetuned-ssv2")
     model, params = towers.i3d("i3d")
     model, params = towers.lpips("lpips")
@@ -29,7 +30,7 @@ from etils import epath
 
 from stvdm import checkpoint, sharding
 from stvdm.interop import mapping
-from stvdm.models.clip import CLIP, ImageTower, TextTower
+from stvdm.models.clip import CLIP, ImageTower, TextTower, prepare
 from stvdm.models.i3d import I3D
 from stvdm.models.lpips import ALEX, LPIPS, POOLS, VGG16
 from stvdm.models.t5 import T5
@@ -166,14 +167,52 @@ CLIP_RULES: mapping.Rules = (
 )
 
 
-CLIP_TEXT_RULES: mapping.Rules = (
-    *(
-        (theirs, ours.removeprefix("text/"))
-        for theirs, ours in CLIP_RULES
-        if ours.startswith("text/") and "projection" not in ours
-    ),
-    (r"(text_projection|vision_model|visual_projection|logit_scale)\b.*", ""),
-)
+def _alone(tower: str, rest: str) -> mapping.Rules:
+    """Of `CLIP_RULES` those of one tower, without the way to the shared space; the rest is left out."""
+    inside = ((theirs, ours.removeprefix(f"{tower}/")) for theirs, ours in CLIP_RULES if ours.startswith(f"{tower}/"))
+    return (*((theirs, ours) for theirs, ours in inside if "projection" not in ours), (rest, ""))
+
+
+CLIP_TEXT_RULES = _alone("text", r"(text_projection|vision_model|visual_projection|logit_scale)\b.*")
+CLIP_IMAGE_RULES = _alone("image", r"(visual_projection|text_model|text_projection|logit_scale)\b.*")
+
+
+class Looker(NamedTuple):
+    """A tower that looks at images for a generator, with its weights.
+
+    looker = towers.looker("Wan2.1-I2V-14B-480P-Diffusers/image_encoder")
+    image_BSE = looker([image_HWC])
+    """
+
+    model: ImageTower
+    params: Tree
+
+    def __call__(self, images: Sequence[np.ndarray]) -> jax.Array:
+        """image_BSE, float32, of bytes (H, W, 3) of any size: states of the last layer but one, class first."""
+        return _look(self.model, self.params, prepare(images, self.model.image_size))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _look(model: ImageTower, params: Tree, image_BHWC: jax.Array) -> jax.Array:
+    return model.apply({"params": params}, image_BHWC).layers_BND[-2].astype(jnp.float32)
+
+
+def looker(place: epath.PathLike, *, dtype: str = "float32") -> Looker:
+    """CLIP's image tower alone, from a ``CLIPModel``, ``CLIPVisionModel`` or ``CLIPVisionModelWithProjection``.
+
+    Args:
+      place: a folder, or the hub's OWNER/NAME.
+      dtype: of the weights, and of products.
+
+    Raises:
+      ValueError: for weights of another network, or pickles.
+      FileNotFoundError: if it is not there.
+    """
+    folder = mapping.folder_of(place)
+    config = mapping.settings(folder)
+    model = clip_of({"vision_config": config.get("vision_config") or config}).image.clone(embedding=None, dtype=dtype)
+    shapes = _shapes(model, jnp.zeros((1, model.image_size, model.image_size, 3)))
+    return Looker(model, mapping.into(shapes, mapping.read(folder), CLIP_IMAGE_RULES, dtype=jnp.dtype(dtype)))
 
 
 class Reader(NamedTuple):

@@ -97,7 +97,7 @@ class ImageTower(nn.Module):
     num_layers: int = 12
     num_heads: int = 12
     mlp_width: int = 3072
-    embedding: int = 512
+    embedding: int | None = 512  # width of the shared space; None: not led there, as where generators look
     activation: str = "quick_gelu"
     epsilon: float = 1e-5
     dtype: Any = "float32"
@@ -136,7 +136,8 @@ class ImageTower(nn.Module):
             name="layers",
         )(norm("first_norm", self.epsilon)(x_BND))
         class_BD = norm("norm", self.epsilon)(layers[-1][:, 0])
-        return Seen(_projection(self.embedding)(class_BD), layers[-1], layers)
+        embedding_BE = class_BD if self.embedding is None else _projection(self.embedding)(class_BD)
+        return Seen(embedding_BE, layers[-1], layers)
 
 
 class CLIP(nn.Module):

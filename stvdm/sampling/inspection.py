@@ -32,12 +32,15 @@ from stvdm import shapes
 from stvdm.data import kinetic_scene
 from stvdm.data.kinetic_scene import Scene
 from stvdm.data.video import enlarge
-from stvdm.diffusion import flow, samplers, schedules
+from stvdm.diffusion import flow, samplers
+from stvdm.diffusion.schedules import Stops
 from stvdm.models.block import Attention
 from stvdm.models.dit import DiT
 from stvdm.models.text_encoders import NUM_SPECIAL, WordTokenizer
+from stvdm.sampling import denoising
 from stvdm.sampling import pipeline as sampling
-from stvdm.sampling.pipeline import Denoising, Models, Pipeline, Result
+from stvdm.sampling.denoising import Denoising, Models
+from stvdm.sampling.pipeline import Pipeline, Result
 from stvdm.shapes import Size3
 
 Tree = Any
@@ -119,7 +122,7 @@ def weights_of(
         jnp.asarray(latent_thwz)[None],
         sampling.noise_of(seed, latent_thwz.shape)[None],
         time,
-        path=sampling.objective(pipeline.settings["flow"]).path,
+        path=denoising.objective(pipeline.settings["flow"]).path,
     )
     tokens_BS, mask_BS = pipeline.tokenizer([prompt])
     found = attention_weights(models, params, x, np.full(1, time, np.float32), tokens_BS, mask_BS, query_Q)
@@ -191,6 +194,8 @@ def written_out(models: Models, params: Tree) -> tuple[Models, Tree]:
             f"model.network: this is a {type(dit).__name__}, whose attention stays within a frame or a place; "
             "expected a transformer (model.network='dit')."
         )
+    if "dit" not in params:
+        raise ValueError("this model has two networks that take turns: put the one to look at as 'dit'.")
     own = dict(params["dit"])
     if dit.scan_layers:
         stacked = own.pop("layers")
@@ -273,21 +278,25 @@ def march(pipeline: Pipeline, result: Result, index: int = 0) -> March:
 
     ``data`` is x0 = (sigma' x - sigma v) / (alpha sigma' - sigma alpha') at each state, of the guided velocity. Without
     guidance it is the mean of all clips that could lie behind the noise, blurred early on; with it, pushed beyond.
+
+    Raises:
+      ValueError: for a clip that began with an image, or two networks that took turns.
     """
     models, settings = pipeline.models, result.settings
+    if "image_sha256" in settings or "dit" not in pipeline.networks:
+        raise ValueError("march: expected a clip of a prompt alone, and of one network.")
     shape = result.latents[index].shape
-    shift = settings["shift"] or sampling.shift_of(shape[:3], pipeline.autoencoder, pipeline.settings)
-    times = schedules.shifted(settings["steps"], shift=shift)
+    stops = pipeline.stops(settings, shape[:3])
     states, data = _march(
         models,
         pipeline.networks,
         sampling.noise_of(result.seeds[index], shape)[None],
-        times,
+        stops,
         pipeline.words([result.prompts[index]]),
-        pipeline.words([""]),
-        how=sampling.denoising(pipeline.settings["flow"], settings),
+        pipeline.words([settings["negative"]]),
+        how=denoising.how_of(pipeline.settings["flow"], settings),
     )
-    return March(np.asarray(times), np.asarray(states)[:, 0], np.asarray(data)[:, 0])
+    return March(np.asarray(stops.times), np.asarray(states)[:, 0], np.asarray(data)[:, 0])
 
 
 @functools.partial(jax.jit, static_argnames=("models", "how"))
@@ -295,23 +304,23 @@ def _march(
     models: Models,
     params: Tree,
     noise_Bthwz: jax.Array,
-    times: jax.Array,
-    prompt: tuple[jax.Array, jax.Array],
-    null: tuple[jax.Array, jax.Array],
+    stops: Stops,
+    prompt: denoising.Words,
+    null: denoising.Words,
     *,
     how: Denoising,
 ) -> tuple[jax.Array, jax.Array]:
     path = how.objective.path
-    velocity = sampling.guided_velocity(models, params, prompt, null, how=how)
+    velocity = denoising.guided_velocity(models, params, prompt, null, how=how, stops=stops)
     states = samplers.sample(
-        velocity, noise_Bthwz, times, sampler=sampling.SAMPLERS[how.sampler](path), return_path=True
+        velocity, noise_Bthwz, stops.times, sampler=denoising.SAMPLERS[how.sampler](path), return_path=True
     )
 
     def expected(at: tuple[jax.Array, jax.Array]) -> jax.Array:
         x, t = at
         return flow.estimate(velocity(x, t), x, t, objective=flow.Objective("velocity", path)).data
 
-    return states, jax.lax.map(expected, (states[:-1], jnp.asarray(times, jnp.float32)[:-1]))
+    return states, jax.lax.map(expected, (states[:-1], stops.times[:-1]))
 
 
 # --- places ----------------------------------------------------------------------------------------------------------

@@ -6,20 +6,21 @@
     result.videos                                                  # uint8 (n, T, H, W, 3)
 
 All of a clip is denoised at once, as one object in space and time: noise_Bthwz, followed along the guided velocity by
-one jitted `samplers.sample`, gives the latent, which is streamed through the decoder. The noise of a video follows
-from its own seed alone, and videos are made `batch_size` at a time in one compiled shape, so with the default of one
-a seed gives the same bytes whatever else is asked for beside it.
+`denoising.denoise`, gives the latent, which is streamed through the decoder. The noise of a video follows from its own
+seed alone, and videos are made `batch_size` at a time in one compiled shape, so with the default of one a seed gives
+the same bytes whatever else is asked for beside it. Clips may begin with an image: see `first_frame`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import importlib.resources
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,8 @@ import numpy as np
 from etils import epath
 
 from stvdm import checkpoint, shapes
-from stvdm.diffusion import flow, guidance, samplers, schedules
+from stvdm import config as base
+from stvdm.diffusion import schedules
 from stvdm.interop import towers
 from stvdm.models import autoencoder3d, lora
 from stvdm.models.autoencoder3d import Autoencoder
@@ -36,50 +38,12 @@ from stvdm.models.quantized import quantized
 from stvdm.models.text_encoders import TextEncoder, WordTokenizer
 from stvdm.models.tokenizers import BytePairTokenizer, PieceTokenizer
 from stvdm.models.unet import UNet
+from stvdm.sampling import denoising, first_frame
+from stvdm.sampling.denoising import SAMPLERS, Models
 
 Tree = Any
 
 NETWORKS: dict[str, Any] = {"dit": DiT, "unet": UNet}  # what a config's model.network says
-
-SAMPLERS: dict[str, Callable[[flow.Path], samplers.Sampler]] = {
-    "euler": lambda path: samplers.euler(),
-    "heun": lambda path: samplers.heun(),
-    "dpm++": samplers.dpm_solver_pp,
-    "unipc": samplers.unipc,
-}
-
-
-class Models(NamedTuple):
-    """The two networks that are trained together: a velocity of latents, and the text it listens to.
-
-    Where a published tower reads the text there is no second one. Then "tokens" are what the tower made of them, a
-    text_BSE, from here on: the tower is frozen, so it reads apart, before a step, or once for all.
-    """
-
-    dit: DiT | UNet
-    text: TextEncoder | None
-
-    def predict(
-        self, params: Tree, x_Bthwz: jax.Array, time_B: jax.Array, text_BSE: jax.Array, mask_BS: jax.Array
-    ) -> jax.Array:
-        """What the network was trained to predict at x, with one time for each clip."""
-        return self.dit.apply({"params": params["dit"]}, x_Bthwz, time_B[:, None], None, text_BSE, mask_BS)
-
-    def read(self, params: Tree, tokens_BS: jax.Array, mask_BS: jax.Array) -> jax.Array:
-        """text_BSE of tokenized captions."""
-        if self.text is None:
-            return tokens_BS
-        return self.text.apply({"params": params["text"]}, tokens_BS, mask_BS)
-
-
-class Denoising(NamedTuple):
-    """How to go from noise to latent: what `denoise` compiles for."""
-
-    objective: flow.Objective
-    sampler: str
-    guidance: float
-    guidance_interval: tuple[float, float]
-    guidance_rescale: float
 
 
 def build(settings: Mapping[str, Any], *, latent_channels: int, num_words: int) -> Models:
@@ -121,6 +85,28 @@ def reader_of(settings: Mapping[str, Any], place: epath.PathLike | None = None) 
     return reader
 
 
+def looker_of(settings: Mapping[str, Any], place: epath.PathLike | None = None) -> towers.Looker | None:
+    """The tower that looks at images for a model with this config; None if its network reads none, or none is named.
+
+    Args:
+      place: where the tower lies, if not where the config says.
+
+    Raises:
+      FileNotFoundError: if it is not there.
+      ValueError: if it is not as wide as the network expects.
+    """
+    width, image = settings["model"].get("image_width", 0), settings.get("image") or {}
+    place = place or image.get("tower")
+    if not width or not place:
+        return None
+    looker = towers.looker(place, dtype=image.get("tower_dtype", "bfloat16"))
+    if looker.model.width != width:
+        raise ValueError(
+            f"model.image_width={width}: the tower {str(place)!r} gives {looker.model.width}; name another tower."
+        )
+    return looker
+
+
 def read_captions(
     reader: towers.Reader, captions: Sequence[str], settings: Mapping[str, Any]
 ) -> tuple[jax.Array | np.ndarray, np.ndarray]:
@@ -132,65 +118,6 @@ def read_captions(
 def looked_at(mask_BS: Any, settings: Mapping[str, Any]) -> Any:
     """Where a model with this config looks, of a tower's text that is real where the mask is True."""
     return mask_BS | (settings["text"]["padding"] == "zeros")
-
-
-def objective(settings: Mapping[str, Any]) -> flow.Objective:
-    """What the network of a config's ``flow`` section predicts, and on which path."""
-    return flow.Objective(settings["prediction"], flow.PATHS[settings["path"]])
-
-
-@functools.partial(jax.jit, static_argnames=("models", "how", "callback"))
-def denoise(
-    models: Models,
-    params: Tree,
-    noise_Bthwz: jax.Array,
-    times: jax.Array,
-    prompt: tuple[jax.Array, jax.Array],
-    null: tuple[jax.Array, jax.Array],
-    *,
-    how: Denoising,
-    callback: Callable[[int], None] | None = None,
-) -> jax.Array:
-    """The normalised latent_Bthwz that ``noise`` flows to.
-
-    Args:
-      params: {"dit", "text"}; no "text" where a tower reads.
-      times: (steps + 1,), from 1 down to 0.
-      prompt, null: (tokens_BS, mask_BS), or a tower's (text_BSE, mask_BS), of the captions, and of the empty caption
-        that guidance leads away from.
-    """
-    guided = guided_velocity(models, params, prompt, null, how=how)
-    return samplers.sample(
-        guided, noise_Bthwz, times, sampler=SAMPLERS[how.sampler](how.objective.path), callback=callback
-    )
-
-
-def guided_velocity(
-    models: Models,
-    params: Tree,
-    prompt: tuple[jax.Array, jax.Array],
-    null: tuple[jax.Array, jax.Array],
-    *,
-    how: Denoising,
-) -> flow.Velocity:
-    """The velocity that `denoise` follows: towards the prompts, away from the empty ones; arguments as there."""
-    velocities = []
-    for tokens_BS, mask_BS in (prompt, null):
-        text_BSE = models.read(params, tokens_BS, mask_BS)
-
-        def predict(
-            x: jax.Array, t: jax.Array, text_BSE: jax.Array = text_BSE, mask_BS: jax.Array = mask_BS
-        ) -> jax.Array:
-            return models.predict(params, x, jnp.full(x.shape[:1], t), text_BSE, mask_BS)
-
-        velocities.append(flow.velocity_field(predict, objective=how.objective))
-    return guidance.classifier_free(
-        *velocities,
-        scale=how.guidance,
-        interval=how.guidance_interval,
-        rescale=how.guidance_rescale,
-        path=how.objective.path,
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,8 +133,9 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """A model that can be sampled. ``params`` are {"autoencoder", "statistics", "dit", "text"}, the last but where a
-    published tower reads the prompts."""
+    """A model that can be sampled. ``params`` are {"autoencoder", "statistics", "dit", "text"}: the last but where a
+    published tower reads the prompts; two networks that take turns in place of "dit", "dit_high_noise" and
+    "dit_low_noise"."""
 
     autoencoder: Autoencoder
     models: Models
@@ -216,6 +144,7 @@ class Pipeline:
     settings: dict[str, Any]  # the config it was trained with
     digest: str  # sha256 of its weights
     reader: towers.Reader | None = None
+    looker: towers.Looker | None = None
 
     @classmethod
     def load(
@@ -223,18 +152,21 @@ class Pipeline:
         path: epath.PathLike | None = None,
         *,
         tower: epath.PathLike | None = None,
+        image_tower: epath.PathLike | None = None,
         adapters: Sequence[tuple[epath.PathLike, float]] = (),
     ) -> Pipeline:
         """The model in a folder: an exported one, or the run that exported it; without a path the bundled one.
 
         Args:
           tower: where the published tower lies that reads its prompts, if not where it lay in training.
+          image_tower: the same of the one that looks at images, if its network reads them.
           adapters: folders of trained adapters, each with its weight. They stay beside the model's weights;
             `lora.merged` adds them up. A path of adapters alone is that of their base, with them.
 
         Raises:
-          FileNotFoundError: if there is no model, or not its tower.
-          ValueError: if the files are damaged, or the model is an autoencoder alone.
+          FileNotFoundError: if there is no model, or not its towers.
+          ValueError: if the files are damaged, the model is an autoencoder alone, or adapters are for one network and
+            it has two.
         """
         params, description = checkpoint.load_model(bundled() if path is None else model_folder(path))
         if description["kind"] == "lora":
@@ -245,29 +177,41 @@ class Pipeline:
                 f"{path}: this is a model of kind {description['kind']!r}, which makes no videos by itself; "
                 "train a transformer on it with `stvdm train dit`, and give that folder."
             )
+        if adapters and "dit" not in params:
+            raise ValueError(f"{path}: adapters are for one network, and this model has two that take turns.")
         trained = [(adapters_of(place, description["sha256"]), weight) for place, weight in adapters]
-        params = {**params, **lora.beside({"dit": params["dit"]}, trained)}
+        if trained:
+            params = {**params, **lora.beside({"dit": params["dit"]}, trained)}
         reader = reader_of(description["config"], tower)
-        return cls.of(params, description, reader=reader and reader.on())
+        looker = looker_of(description["config"], image_tower)
+        return cls.of(params, description, reader=reader and reader.on(), looker=looker)
 
     @classmethod
-    def of(cls, params: Tree, description: Mapping[str, Any], *, reader: towers.Reader | None = None) -> Pipeline:
-        """The pipeline of weights and description as `checkpoint.load_model` gives them, and of the tower if it has
-        one."""
+    def of(
+        cls,
+        params: Tree,
+        description: Mapping[str, Any],
+        *,
+        reader: towers.Reader | None = None,
+        looker: towers.Looker | None = None,
+    ) -> Pipeline:
+        """The pipeline of weights and description as `checkpoint.load_model` gives them, and of the towers that it
+        has."""
         settings = description["config"]
         coder = autoencoder_of(description["autoencoder"])
         words = WordTokenizer(tuple(settings["text"]["words"]), settings["text"]["max_tokens"])
         models = build(settings, latent_channels=coder.latent_channels, num_words=words.vocabulary_size)
         tokenizer = words if reader is None else reader.tokenizer
-        return cls(coder, models, tokenizer, params, settings, description.get("sha256", ""), reader)
+        return cls(coder, models, tokenizer, params, settings, description.get("sha256", ""), reader, looker)
 
     @property
     def networks(self) -> Tree:
-        """Of its weights those that `denoise` takes."""
-        return {name: self.params[name] for name in ("dit", "text") if name in self.params}
+        """Of its weights those that `denoising.denoise` takes."""
+        names = ("dit", denoising.HIGH, denoising.LOW, "text")
+        return {name: self.params[name] for name in names if name in self.params}
 
     def words(self, captions: Sequence[str]) -> tuple[Any, np.ndarray]:
-        """What `denoise` takes of captions: (tokens_BS, mask_BS), or, read by a tower, (text_BSE, mask_BS)."""
+        """What `denoising` takes of captions: (tokens_BS, mask_BS), or, read by a tower, (text_BSE, mask_BS)."""
         if self.reader is None:
             return self.tokenizer(captions)
         return read_captions(self.reader, captions, self.settings)
@@ -288,8 +232,11 @@ class Pipeline:
         num: int = 1,
         seed: int = 0,
         seeds: Sequence[int] | None = None,
+        negative: str | None = None,
+        image: np.ndarray | None = None,
         steps: int | None = None,
         guidance: float | None = None,
+        guidance_low: float | None = None,
         sampler: str | None = None,
         num_frames: int | None = None,
         height: int | None = None,
@@ -301,16 +248,20 @@ class Pipeline:
 
         Args:
           seeds: one seed for each prompt, in place of ``seed`` (and then ``num`` is 1).
+          negative: a prompt that guidance leads away from.
+          image: what all clips begin with, bytes (H, W, 3) of any size; cut to the sides of the clips.
+          guidance_low: of two networks that take turns, that of the second.
           batch_size: videos made side by side.
           progress: called with (steps done, steps in all), over all videos.
 
         Raises:
-          ValueError: for a prompt with words the model never saw, a size it cannot make, or another setting that
-            means nothing.
+          ValueError: for a prompt with words the model never saw, a size it cannot make, an image that it cannot take
+            or the lack of one, or another setting that means nothing.
         """
-        chosen = dict(self.settings["sample"])
-        given = dict(steps=steps, guidance=guidance, sampler=sampler)
-        chosen.update({name: value for name, value in given.items() if value is not None})
+        # Models of before some were settings do not say them all.
+        chosen = {**base.dit().sample.to_dict(), **self.settings["sample"]}
+        asked = dict(steps=steps, guidance=guidance, sampler=sampler, negative=negative, guidance_low=guidance_low)
+        chosen.update({name: value for name, value in asked.items() if value is not None})
         T, H, W = self.default_shape
         shape = (num_frames or T, height or H, width or W)
         videos_to_make = [(prompt, seed + i) for prompt in prompts for i in range(num)]
@@ -324,23 +275,25 @@ class Pipeline:
             known = ", ".join(map(str, trained))
             warnings.warn(f"clips of {shape}: the model was trained on {known}, and may do worse.", stacklevel=2)
 
-        shift = chosen["shift"] or shift_of(latent_thw, self.autoencoder, self.settings)
-        times = schedules.shifted(chosen["steps"], shift=shift)
-        how = denoising(self.settings["flow"], chosen)
-        total = len(times) - 1
+        stops = self.stops(chosen, latent_thw)
+        how = denoising.how_of(self.settings["flow"], chosen)
+        given = self._given(image, shape, batch_size)
+        null = self.words([chosen["negative"]] * batch_size)
+        total = chosen["steps"]
         videos, latents = [], []
         for start in range(0, len(videos_to_make), batch_size):
             part = videos_to_make[start : start + batch_size]
             padded = part + [part[-1]] * (batch_size - len(part))  # one compiled shape
             noise = jnp.stack([noise_of(s, (*latent_thw, self.autoencoder.latent_channels)) for _, s in padded])
             prompt = self.words([text for text, _ in padded])
-            null = self.words([""] * batch_size)
             if progress is not None:
-                made, everything = start * total, len(videos_to_make) * total
-                _relay.listener = functools.partial(_tell, progress, made, len(part), everything)
+                before, everything = start * total, len(videos_to_make) * total
+                _relay.listener = functools.partial(_tell, progress, before, len(part), everything)
             callback = None if progress is None else _relay
-            latent = denoise(self.models, self.params, noise, times, prompt, null, how=how, callback=callback)
-            latent = checkpoint.on_host(latent)  # in a training it may lie split over all processes
+            made = denoising.denoise(
+                self.models, self.networks, noise, stops, prompt, null, how=how, given=given, callback=callback
+            )
+            latent = checkpoint.on_host(made)  # in a training it may lie split over all processes
             videos.append(self.decode(latent)[: len(part)])
             latents.append(latent[: len(part)])
         settings = dict(
@@ -356,12 +309,39 @@ class Pipeline:
             batch_size=batch_size,
             model_sha256=self.digest,
         )
+        if image is not None:
+            settings["image_sha256"] = hashlib.sha256(image.tobytes()).hexdigest()
         return Result(
             videos=np.concatenate(videos),
             latents=np.concatenate(latents),
             prompts=[prompt for prompt, _ in videos_to_make],
             seeds=[s for _, s in videos_to_make],
             settings=settings,
+        )
+
+    def stops(self, chosen: Mapping[str, Any], latent_thw: Sequence[int]) -> schedules.Stops:
+        """Where it stops on its way to such latents, by the settings of a sample."""
+        shift = chosen["shift"] or shift_of(latent_thw, self.autoencoder, self.settings)
+        return schedules.stops(chosen["steps"], shift=shift, spacing=chosen["spacing"])
+
+    def _given(self, image: np.ndarray | None, shape: tuple[int, int, int], batch_size: int) -> first_frame.Given:
+        if image is None:
+            first_frame.check_needless(self.models.dit)
+            return denoising.NOTHING
+
+        def encode(video: jax.Array) -> jax.Array:
+            chunks = autoencoder3d.stream_encode(self.autoencoder, self.params["autoencoder"], video)
+            mean = jnp.concatenate([mean for mean, _ in chunks], axis=1)
+            return autoencoder3d.normalise(mean, self.params["statistics"])
+
+        return first_frame.given(
+            image,
+            shape,
+            self.models.dit,
+            encode=encode,
+            temporal=self.autoencoder.temporal,
+            look=self.looker,
+            batch_size=batch_size,
         )
 
     def encode(self, video_BTHWC: np.ndarray | jax.Array) -> jax.Array:
@@ -384,8 +364,9 @@ class Pipeline:
             raise ValueError(f"sampler={chosen['sampler']!r}: expected one of {', '.join(SAMPLERS)}.")
         if chosen["steps"] < 1:
             raise ValueError(f"steps={chosen['steps']}: expected at least 1 denoising step.")
-        if not (math.isfinite(chosen["guidance"]) and chosen["guidance"] >= 0):
-            raise ValueError(f"guidance={chosen['guidance']}: expected a number of at least 0; 1 is no guidance.")
+        for name in ("guidance", "guidance_low"):
+            if not (math.isfinite(chosen[name]) and chosen[name] >= 0):
+                raise ValueError(f"{name}={chosen[name]}: expected a number of at least 0; 1 is no guidance.")
         for seed in seeds:
             if not 0 <= seed < 2**32:
                 raise ValueError(f"seed={seed}: expected a whole number from 0 to {2**32 - 1}.")
@@ -393,6 +374,11 @@ class Pipeline:
             problem = self.tokenizer.problem(prompt)
             if problem:
                 raise ValueError(problem)
+        problem = chosen["negative"] and self.tokenizer.problem(chosen["negative"])
+        if problem:
+            raise ValueError(f"negative {problem}")
+        if chosen["negative"] and chosen["guidance"] == 1 and chosen["guidance_low"] in (0, 1):
+            warnings.warn(f"negative={chosen['negative']!r}: guidance=1 leads away from nothing.", stacklevel=3)
 
 
 def adapters_of(path: epath.PathLike, base: str) -> Tree:
@@ -419,18 +405,6 @@ def adapters_of(path: epath.PathLike, base: str) -> Tree:
 def autoencoder_of(model: Mapping[str, Any]) -> Autoencoder:
     """The autoencoder with these settings (a config's ``model`` section, also as it comes back from JSON)."""
     return Autoencoder(**{name: tuple(value) if isinstance(value, list) else value for name, value in model.items()})
-
-
-def denoising(flow_settings: Mapping[str, Any], sample_settings: Mapping[str, Any]) -> Denoising:
-    """What `denoise` compiles for, from a config's ``flow`` and ``sample`` sections."""
-    low, high = sample_settings["guidance_interval"]
-    return Denoising(
-        objective=objective(flow_settings),
-        sampler=sample_settings["sampler"],
-        guidance=float(sample_settings["guidance"]),
-        guidance_interval=(low, high),
-        guidance_rescale=sample_settings["guidance_rescale"],
-    )
 
 
 def largest_clip(settings: Mapping[str, Any]) -> tuple[int, int, int]:

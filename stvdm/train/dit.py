@@ -42,7 +42,7 @@ from stvdm.models import autoencoder3d, lora
 from stvdm.models.autoencoder3d import Autoencoder
 from stvdm.models.text_encoders import WordTokenizer, collect_words
 from stvdm.planning.flops import model_flops
-from stvdm.sampling import pipeline
+from stvdm.sampling import denoising, pipeline
 from stvdm.sampling.pipeline import Pipeline
 from stvdm.train import preemption, split_weights, supervisor
 from stvdm.train import state as state_lib
@@ -83,7 +83,7 @@ def program(config: ConfigDict, coder: Autoencoder) -> Program:
         return lora.beside(frozen["base"], [(params, config.lora.scale)]) if config.lora.rank else params
 
     # Loss.
-    objective = pipeline.objective(settings["flow"])
+    objective = denoising.objective(settings["flow"])
 
     def flow_loss(
         params: Tree, latent: jax.Array, tokens: jax.Array, mask: jax.Array, time: jax.Array, key: jax.Array
@@ -218,7 +218,7 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
         tokenizer = reader.tokenizer if reader else WordTokenizer(tuple(config.text.words), config.text.max_tokens)
         previews = previews_of(config, tokenizer, held_out)
         reader = reader and reader.on(mesh)
-        known = reader and reader.only(["", *previews])
+        known = reader and reader.only(["", config.sample.negative, *previews])
         captions_of = captions_reader(config, reader, mesh)
         del reader  # a tower that reads nothing more than these lets go of its memory
 

@@ -9,6 +9,7 @@ import warnings
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from stvdm import cli
 from stvdm.commands import generate
@@ -87,10 +88,36 @@ def test_generate_passes_its_options_on_and_leaves_the_rest_to_the_checkpoint(tm
         "num_frames": 9,
         "height": 32,
         "width": None,
+        "negative": None,
+        "image": None,
+        "guidance_low": None,
     }
+
+
+def test_generate_reads_a_picture_and_what_should_not_be_seen(tmp_path, generated):
+    pixels = np.arange(6 * 10 * 3, dtype=np.uint8).reshape(6, 10, 3)
+    Image.fromarray(pixels).save(tmp_path / "first.png")
+    words = [
+        "generate",
+        "x",
+        f"--output={tmp_path}",
+        f"--image={tmp_path / 'first.png'}",
+        "--negative",
+        "blurred, grey",
+    ]
+    assert cli.main([*words, "--guidance-low=3"]) == 0
+    np.testing.assert_array_equal(generated["settings"].pop("image"), pixels)
+    assert generated["settings"]["negative"] == "blurred, grey"
+    assert generated["settings"]["guidance_low"] == 3
+
+
+def test_what_is_no_picture_is_refused(tmp_path, generated, failure):
+    (tmp_path / "first.png").write_text("words")
+    assert "first.png" in failure("generate", "x", f"--output={tmp_path}", f"--image={tmp_path / 'first.png'}")
 
 
 def test_generate_takes_several_adapters_with_weights_and_a_tower(generated, tmp_path):
     words = ["generate", "x", f"--output={tmp_path}", "--lora=runs/a:0.5", "--lora=gs://b/c", "--tower=umt5"]
-    assert cli.main(words) == 0
-    assert generated["more"] == {"adapters": [("runs/a", 0.5), ("gs://b/c", 1.0)], "tower": "umt5"}
+    assert cli.main([*words, "--image-tower=clip"]) == 0
+    adapters = [("runs/a", 0.5), ("gs://b/c", 1.0)]
+    assert generated["more"] == {"adapters": adapters, "tower": "umt5", "image_tower": "clip"}

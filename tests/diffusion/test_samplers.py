@@ -3,6 +3,7 @@
 
 import itertools
 
+import foreign_wan_sampling
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -177,6 +178,40 @@ def test_multistep_samplers_equal_the_papers_equations(path, name, reference, st
         x = np.linspace(-2.0, 2.0, 9)[None]
         got = samplers.sample(gaussian_velocity(path), jnp.asarray(x), clock, sampler=builders(path)[name])
         np.testing.assert_allclose(got, reference(path.name, x, clock), rtol=1e-11)
+
+
+@pytest.mark.parametrize("steps, shift", foreign_wan_sampling.MARCHES)
+def test_unipc_goes_the_way_of_diffusers(steps, shift):
+    """Order 2, B(h) = e^h - 1, of first order at both ends: every state on the way, to float32's rounding."""
+    assert (foreign_wan_sampling.MEAN, foreign_wan_sampling.STD) == (MEAN, STD)
+    golden = foreign_wan_sampling.golden()["marches"][f"{steps},{shift}"]
+    times = schedules.stops(steps, shift=shift, spacing="unipc").times
+    noise = jnp.asarray(foreign_wan_sampling.march_noise())
+    march = samplers.sample(gaussian_velocity(flow.RECTIFIED), noise, times, sampler=samplers.unipc(), return_path=True)
+    np.testing.assert_allclose(march[1:].reshape(steps, -1), golden, atol=2e-6)
+
+
+def test_the_golden_marches_are_what_diffusers_says_today():
+    pytest.importorskip("torch")
+    pytest.importorskip("diffusers")
+    pytest.importorskip("transformers")
+    import make_wan_sampling
+
+    for steps, shift in foreign_wan_sampling.MARCHES:
+        golden = foreign_wan_sampling.golden()["marches"][f"{steps},{shift}"]
+        np.testing.assert_allclose(make_wan_sampling.march(steps, shift), golden, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["heun", "unipc"])
+def test_going_on_is_what_it_would_have_been_at_once(name):
+    sampler, times = builders(flow.RECTIFIED)[name], schedules.shifted(6, shift=3.0)
+    velocity, noise = gaussian_velocity(flow.RECTIFIED), jax.random.normal(jax.random.key(0), (2, 3))
+    whole, steps = samplers.sample(velocity, noise, times, sampler=sampler), []
+    x, state = samplers.go_on(velocity, noise, sampler.init(noise), times[:3], sampler=sampler, callback=steps.append)
+    x, _ = samplers.go_on(velocity, x, state, times[2:], sampler=sampler, callback=steps.append, num_done=2)
+    jax.effects_barrier()
+    np.testing.assert_allclose(x, whole, atol=2e-6)
+    assert sorted(steps) == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("name", ["euler", "heun", "dpm_solver_pp", "unipc"])

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Schedules against SD3's formulas."""
+"""Schedules against SD3's formulas, and against the lists of diffusers' schedulers."""
 
+import foreign_wan_sampling
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -36,7 +37,34 @@ def test_shift_for_tokens_is_the_square_root_of_the_ratio():
     np.testing.assert_allclose(product, 1.0)
 
 
+@pytest.mark.parametrize("steps, shift", foreign_wan_sampling.LISTS)
+def test_stops_are_the_lists_of_diffusers(steps, shift):
+    for name, golden in foreign_wan_sampling.golden()["lists"][f"{steps},{shift}"].items():
+        times, told = (np.asarray(row) for row in schedules.stops(steps, shift=shift, spacing=name))
+        assert times.dtype == told.dtype == np.float32 and len(times) == len(told) == steps + 1
+        np.testing.assert_allclose(times, golden["sigmas"], rtol=2e-7, atol=0)  # a rounding at most
+        np.testing.assert_allclose(told, [*np.divide(golden["timesteps"], 1000), 0], rtol=2e-7, atol=0)
+
+
+def test_even_stops_are_shifted_times_of_which_the_network_is_told():
+    times, told = schedules.stops(20, shift=3.0)
+    np.testing.assert_array_equal(times, schedules.shifted(20, shift=3.0))
+    np.testing.assert_array_equal(told, times)
+
+
+def test_the_golden_lists_are_what_diffusers_says_today():
+    pytest.importorskip("torch")
+    pytest.importorskip("diffusers")
+    pytest.importorskip("transformers")
+    import make_wan_sampling
+
+    for steps, shift in foreign_wan_sampling.LISTS:
+        assert make_wan_sampling.lists(steps, shift) == foreign_wan_sampling.golden()["lists"][f"{steps},{shift}"]
+
+
 def test_errors_teach():
+    with pytest.raises(ValueError, match="spacing='linear': expected one of even, unipc, euler"):
+        schedules.stops(3, shift=1.0, spacing="linear")
     with pytest.raises(ValueError, match="num_steps=0: expected at least 1"):
         schedules.uniform(0)
     with pytest.raises(ValueError, match="start=1.5: expected a time in"):

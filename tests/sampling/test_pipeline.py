@@ -2,6 +2,7 @@
 """From prompts to videos, on a tiny model with random weights: determinism, guidance, streaming, refusals."""
 
 import dataclasses
+import hashlib
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from stvdm import checkpoint
+from stvdm.diffusion import schedules
 from stvdm.models import autoencoder3d
 from stvdm.sampling import pipeline
 from stvdm.sampling.pipeline import Pipeline
@@ -57,6 +59,76 @@ def test_guidance_moves_along_the_difference_to_the_empty_prompt(tiny_model):
     assert np.abs(guided - with_prompt).max() > 1e-3
     # In one Euler step the result is linear in the scale.
     np.testing.assert_allclose(more - guided, guided - with_prompt, atol=1e-4)
+
+
+def test_a_negative_prompt_is_what_guidance_leads_away_from(tiny_model):
+    loaded = Pipeline.load(tiny_model)
+    one_step = dict(steps=1, sampler="euler")
+    wanted, unwanted = (loaded.generate([text], guidance=1, **one_step).latents for text in (RED, BLUE))
+    away = loaded.generate([RED], negative=BLUE, guidance=3, **one_step)
+    np.testing.assert_allclose(away.latents, unwanted + 3 * (wanted - unwanted), atol=1e-4)
+    assert away.settings["negative"] == BLUE
+    plain = loaded.generate([RED], guidance=3, **one_step)
+    assert plain.settings["negative"] == ""
+    assert np.abs(away.latents - plain.latents).max() > 1e-3
+
+
+def test_words_of_a_negative_prompt_that_it_never_saw_are_refused(tiny_model):
+    loaded = Pipeline.load(tiny_model)
+    with pytest.raises(ValueError, match=r"^negative prompt 'a blurred ball': the model never saw the words 'blurred'"):
+        loaded.generate([RED], negative="a blurred ball")
+    with pytest.warns(UserWarning, match="negative='a blue square': guidance=1 leads away from nothing"):
+        loaded.generate([RED], negative="a blue square", guidance=1)
+
+
+def test_the_times_are_those_of_the_setting(tiny_model):
+    loaded = Pipeline.load(tiny_model)
+    chosen = {**loaded.settings["sample"], "steps": 6, "shift": 3.0, "spacing": "unipc"}
+    wanted = schedules.stops(6, shift=3.0, spacing="unipc")
+    np.testing.assert_array_equal(loaded.stops(chosen, (3, 4, 4)), wanted)
+    other = dataclasses.replace(loaded, settings={**loaded.settings, "sample": chosen})
+    assert other.generate([RED]).settings["spacing"] == "unipc"
+    assert other.generate([RED]).latents.tobytes() != loaded.generate([RED], steps=6).latents.tobytes()
+
+
+def test_models_of_before_these_were_settings_are_sampled_as_ever(tiny_model):
+    loaded = Pipeline.load(tiny_model)
+    new = ("negative", "boundary", "guidance_low", "spacing")
+    old = {name: value for name, value in loaded.settings["sample"].items() if name not in new}
+    before = dataclasses.replace(loaded, settings={**loaded.settings, "sample": old})
+    assert before.generate([RED]).latents.tobytes() == loaded.generate([RED]).latents.tobytes()
+
+
+def test_two_networks_take_turns(tiny_model):
+    loaded = Pipeline.load(tiny_model)
+    first = loaded.params["dit"]
+    second = jax.tree.map(lambda leaf: leaf * 0.9, first)
+    rest = {name: part for name, part in loaded.params.items() if name != "dit"}
+    sample = {**loaded.settings["sample"], "boundary": 0.6, "guidance_low": 1.5}  # of times 1, 0.75, 0.5, 0.25
+
+    def made(first, second, **settings):
+        params = {**rest, "dit_high_noise": first, "dit_low_noise": second}
+        both = dataclasses.replace(loaded, params=params, settings={**loaded.settings, "sample": sample})
+        return both.generate([RED], **settings).latents
+
+    np.testing.assert_allclose(made(first, first, guidance_low=2.0), loaded.generate([RED]).latents, atol=1e-5)
+    assert np.abs(made(first, second) - made(first, first)).max() > 1e-3
+    assert np.abs(made(first, first) - made(first, first, guidance_low=2.0)).max() > 1e-3
+    with pytest.raises(ValueError, match=r"sample.boundary=0.0: this model's two networks take turns"):
+        dataclasses.replace(loaded, params={**rest, "dit_high_noise": first, "dit_low_noise": second}).generate([RED])
+
+
+def test_a_first_frame_is_kept(tiny_model):
+    """Nothing of the image but its middle fits the clip; its latent is the clip's first, bit by bit."""
+    loaded = Pipeline.load(tiny_model)
+    image = np.random.default_rng(0).integers(0, 256, (16, 40, 3), np.uint8)
+    result = loaded.generate([RED, BLUE], image=image, seed=3)
+    known = np.asarray(loaded.encode(image[None, None, :, 12:28]))
+    for latent in result.latents:
+        np.testing.assert_allclose(latent[:1], known[0], atol=1e-5)
+    assert result.latents[0, 0].tobytes() == result.latents[1, 0].tobytes()
+    assert np.abs(result.latents[0, 1:] - loaded.generate([RED], seed=3).latents[0, 1:]).max() > 1e-3
+    assert result.settings["image_sha256"] == hashlib.sha256(image.tobytes()).hexdigest()
 
 
 def test_decoding_streams_and_equals_whole_decoding(tiny_model):
