@@ -43,7 +43,7 @@ from stvdm.diffusion import flow
 from stvdm.interop import mapping, wan, wan_autoencoder, wan_model, weights
 from stvdm.models import autoencoder3d
 from stvdm.models.block import MODULATED
-from stvdm.sampling import pipeline
+from stvdm.sampling import denoising, pipeline
 
 Tree = Any
 Size3 = tuple[int, int, int]
@@ -173,7 +173,7 @@ def _programs(
     models = pipeline.build(plain, latent_channels=coder.latent_channels, num_words=num_words)
     of_words = dict(mask_BS=array(text["max_tokens"], dtype=jnp.bool_))
     reads = of_words | dict(text_BSE=array(text["max_tokens"], text["width"]))
-    objective = pipeline.objective(settings["flow"])
+    objective = denoising.objective(settings["flow"])
     made = {
         f"velocity{name.removeprefix('dit')}": _velocity(array, name, models.dit, latent, reads, objective)
         for name in sorted({found.partition("/")[0] for found in source.shapes})
