@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -198,10 +199,14 @@ def _look(model: ImageTower, params: Tree, image_BHWC: jax.Array) -> jax.Array:
 
 
 def looker(place: epath.PathLike, *, dtype: str = "float32") -> Looker:
-    """CLIP's image tower alone, from a ``CLIPModel``, ``CLIPVisionModel`` or ``CLIPVisionModelWithProjection``.
+    """CLIP's image tower alone, in transformers' layout or in that of Wan's authors.
+
+    transformers: ``CLIPModel``, ``CLIPVisionModel`` or ``CLIPVisionModelWithProjection``, with its config.json. Wan:
+    models_clip_open-clip-xlm-roberta-large-vit-huge-14, converted to safetensors; sizes are read off the tensors.
+    Images are cut to a square, as diffusers does; the authors squeeze them into one.
 
     Args:
-      place: a folder, or the hub's OWNER/NAME.
+      place: a folder, a file, or the hub's OWNER/NAME.
       dtype: of the weights, and of products.
 
     Raises:
@@ -209,10 +214,56 @@ def looker(place: epath.PathLike, *, dtype: str = "float32") -> Looker:
       FileNotFoundError: if it is not there.
     """
     folder = mapping.folder_of(place)
-    config = mapping.settings(folder)
+    source, config = mapping.read(folder), mapping.settings(folder)
+    if "visual.patch_embedding.weight" in source:
+        source, config = _visual_as_transformers(source), _sizes_of_visual(source)
+    # `CLIPVisionModel` alone has been saved with and without the first word of its names.
+    alone = re.compile(r"(embeddings|encoder|pre_layrnorm|post_layernorm)\.")
+    source = {f"vision_model.{name}" if alone.match(name) else name: array for name, array in source.items()}
     model = clip_of({"vision_config": config.get("vision_config") or config}).image.clone(embedding=None, dtype=dtype)
     shapes = _shapes(model, jnp.zeros((1, model.image_size, model.image_size, 3)))
-    return Looker(model, mapping.into(shapes, mapping.read(folder), CLIP_IMAGE_RULES, dtype=jnp.dtype(dtype)))
+    return Looker(model, mapping.into(shapes, source, CLIP_IMAGE_RULES, dtype=jnp.dtype(dtype)))
+
+
+_VISUAL = {  # of Wan's authors, in transformers' words
+    r"visual\.patch_embedding\.(\w+)": r"embeddings.patch_embedding.\1",
+    r"visual\.cls_embedding": "embeddings.class_embedding",
+    r"visual\.pos_embedding": "embeddings.position_embedding.weight",
+    r"visual\.pre_norm\.(\w+)": r"pre_layrnorm.\1",
+    r"visual\.post_norm\.(\w+)": r"post_layernorm.\1",
+    r"visual\.transformer\.(\d+)\.norm(\d)\.(\w+)": r"encoder.layers.\1.layer_norm\2.\3",
+    r"visual\.transformer\.(\d+)\.attn\.proj\.(\w+)": r"encoder.layers.\1.self_attn.out_proj.\2",
+    r"visual\.transformer\.(\d+)\.mlp\.0\.(\w+)": r"encoder.layers.\1.mlp.fc1.\2",
+    r"visual\.transformer\.(\d+)\.mlp\.2\.(\w+)": r"encoder.layers.\1.mlp.fc2.\2",
+}
+
+
+def _visual_as_transformers(source: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Tensors of Wan's authors under transformers' names: there queries, keys and values are one; no text, no head."""
+    found: dict[str, np.ndarray] = {}
+    for name, array in source.items():
+        if joined := re.fullmatch(r"visual\.transformer\.(\d+)\.attn\.to_qkv\.(\w+)", name):
+            for part, value in zip("qkv", np.split(array, 3), strict=True):
+                found[f"encoder.layers.{joined[1]}.self_attn.{part}_proj.{joined[2]}"] = value
+        elif not re.match(r"textual\.|log_scale|visual\.head", name):
+            array = array.reshape(array.shape[-2:] if name.endswith("pos_embedding") else array.shape)
+            array = array.ravel() if name.endswith("cls_embedding") else array
+            found[next((m.expand(to) for at, to in _VISUAL.items() if (m := re.fullmatch(at, name))), name)] = array
+    return found
+
+
+def _sizes_of_visual(source: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """What the authors' code has for a tower of these tensors, in transformers' words."""
+    width, _, patch, _ = source["visual.patch_embedding.weight"].shape
+    return {
+        "hidden_size": width,
+        "patch_size": patch,
+        "image_size": patch * math.isqrt(source["visual.pos_embedding"].shape[-2] - 1),
+        "num_hidden_layers": sum(name.startswith("visual.") and name.endswith(".norm1.weight") for name in source),
+        "num_attention_heads": _HEADS.get(width, width // 64 or 1),
+        "intermediate_size": len(source["visual.transformer.0.mlp.0.bias"]),
+        "hidden_act": "gelu",
+    }
 
 
 class Reader(NamedTuple):

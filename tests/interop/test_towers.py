@@ -5,6 +5,7 @@ import json
 import shutil
 
 import foreign
+import foreign_wan_sampling
 import jax
 import numpy as np
 import pytest
@@ -79,6 +80,71 @@ def test_what_a_tower_is_follows_from_its_weights(tower, tmp_path):
     weights["text_model.final_layer_norm.bias"] = weights["text_model.final_layer_norm.bias"] + 1
     save_file(weights, there / "model.safetensors")
     assert towers.identity(there, max_tokens=20) != towers.identity(tower, max_tokens=20)
+
+
+def image_tower(naming):
+    """Tensors of the tiny CLIP's image tower under the names of a layout."""
+    whole = foreign.weights(GOLDEN["clip"]["shapes"])
+    alone = {name: array for name, array in whole.items() if name.startswith("vision_model")}
+    if naming == "whole":
+        return whole
+    if naming == "alone":
+        return alone
+    bare = {name.removeprefix("vision_model."): array for name, array in alone.items()}
+    if naming == "bare":
+        return bare
+    tensors = {"log_scale": np.ones(()), "textual.norm.weight": np.ones(3), "visual.head": np.ones((32, 20))}
+    for name, array in bare.items():
+        if "embedding" in name and not name.endswith("patch_embedding.weight"):
+            array = array[None] if array.ndim == 2 else array[None, None]
+        tensors[name] = array
+    for i in range(2):
+        for last in ("weight", "bias"):
+            parts = [tensors.pop(f"encoder.layers.{i}.self_attn.{part}_proj.{last}") for part in "qkv"]
+            tensors[f"visual.transformer.{i}.attn.to_qkv.{last}"] = np.concatenate(parts)
+    words = {
+        "embeddings.patch_embedding": "visual.patch_embedding",
+        "embeddings.class_embedding": "visual.cls_embedding",
+        "embeddings.position_embedding.weight": "visual.pos_embedding",
+        "pre_layrnorm": "visual.pre_norm",
+        "post_layernorm": "visual.post_norm",
+        "encoder.layers": "visual.transformer",
+        "self_attn.out_proj": "attn.proj",
+        "layer_norm": "norm",
+        "mlp.fc1": "mlp.0",
+        "mlp.fc2": "mlp.2",
+    }
+    renamed = {}
+    for name, array in tensors.items():
+        for theirs, authors in words.items():
+            name = name.replace(theirs, authors) if not name.startswith("textual") else name
+        renamed[name] = array
+    return renamed
+
+
+@pytest.mark.parametrize("naming", ["whole", "alone", "bare", "authors"])
+def test_an_image_tower_gives_the_states_before_its_last_layer(tmp_path, naming):
+    """What transformers gives is in wan_sampling.json, by diffusers' pipeline; it is the same tower in all layouts."""
+    tensors = {name: np.ascontiguousarray(array) for name, array in image_tower(naming).items()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    if naming == "authors":
+        looker = towers.looker(tmp_path / "a.safetensors")
+        assert (looker.model.image_size, looker.model.activation) == (15, "gelu")
+        looker = looker._replace(model=looker.model.clone(num_heads=4, activation="quick_gelu"))  # of the tiny one
+    else:
+        config = {**foreign.CLIP, "model_type": "clip"} if naming == "whole" else foreign.CLIP["vision_config"]
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        looker = towers.looker(tmp_path)
+    tokens = looker([foreign_wan_sampling.image("i2v")])
+    assert foreign.error(tokens, foreign_wan_sampling.golden()["runs"]["i2v"]["outputs"]["tokens"]) < 1e-5
+
+
+def test_what_is_no_image_tower_is_refused(tmp_path):
+    tensors = image_tower("authors")
+    del tensors["visual.transformer.1.mlp.2.bias"]
+    save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="layers/layer_1/mlp_out/bias"):
+        towers.looker(tmp_path / "a.safetensors")
 
 
 def test_other_towers_are_refused(tmp_path):

@@ -87,6 +87,16 @@ def test_published_sizes(text, image, embedding, millions):
     assert towers.num_parameters(towers.clip_shapes(model)) == round(millions * 1e6)
 
 
+def test_published_size_of_the_tower_that_wan_looks_with():
+    """ViT-H/14 without the way to the shared space, as in image_encoder/: 257 tokens of 1280."""
+    huge = dict(hidden_size=1280, intermediate_size=5120, num_attention_heads=16, num_hidden_layers=32, patch_size=14)
+    model = towers.clip_of({"vision_config": huge | {"hidden_act": "gelu"}}).image.clone(embedding=None)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 224, 224, 3)))["params"])
+    assert towers.num_parameters(shapes) == 630_766_080
+    seen = jax.eval_shape(lambda params: model.apply({"params": params}, jnp.zeros((1, 224, 224, 3))), shapes)
+    assert seen.layers_BND[-2].shape == (1, 257, 1280)
+
+
 def test_a_folder_is_read_whole(tmp_path, tiny):
     from safetensors.numpy import save_file
 

@@ -3,13 +3,17 @@
 
 import dataclasses
 import hashlib
+import json
 
+import foreign
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from stvdm import checkpoint
+from stvdm import config as base
 from stvdm.diffusion import schedules
 from stvdm.models import autoencoder3d
 from stvdm.sampling import pipeline
@@ -129,6 +133,33 @@ def test_a_first_frame_is_kept(tiny_model):
     assert result.latents[0, 0].tobytes() == result.latents[1, 0].tobytes()
     assert np.abs(result.latents[0, 1:] - loaded.generate([RED], seed=3).latents[0, 1:]).max() > 1e-3
     assert result.settings["image_sha256"] == hashlib.sha256(image.tobytes()).hexdigest()
+
+
+def test_the_tower_that_looks_at_images_is_named_in_the_config(tmp_path):
+    shapes = foreign.golden()["clip"]["shapes"]
+    tensors = foreign.weights({name: shape for name, shape in shapes.items() if name.startswith("vision_model")})
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(foreign.CLIP["vision_config"]))
+    config = base.dit().to_dict()
+    assert pipeline.looker_of(config) is pipeline.looker_of(config, tmp_path) is None  # no network that reads images
+    config["model"]["image_width"], config["image"] = 32, {"tower": str(tmp_path), "tower_dtype": "bfloat16"}
+    looker = pipeline.looker_of(config)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(looker.params)} == {"bfloat16"}
+    assert pipeline.looker_of({**config, "image": {}}, tmp_path).model == looker.model
+    config["model"]["image_width"] = 1280
+    with pytest.raises(ValueError, match=r"model.image_width=1280: the tower '.*' gives 32; name another tower"):
+        pipeline.looker_of(config)
+    with pytest.raises(FileNotFoundError, match="expected a folder of safetensors"):
+        pipeline.looker_of(config, tmp_path / "elsewhere")
+
+
+def test_adapters_are_refused_by_two_networks(tiny_model, tmp_path):
+    params, description = checkpoint.load_model(tiny_model)
+    two = {"dit_high_noise": params["dit"], "dit_low_noise": params.pop("dit")}
+    checkpoint.save_model(tmp_path, params | two, description)
+    assert Pipeline.load(tmp_path).networks.keys() == {*two, "text"}
+    with pytest.raises(ValueError, match="adapters are for one network, and this model has two"):
+        Pipeline.load(tmp_path, adapters=[(tmp_path, 1.0)])
 
 
 def test_decoding_streams_and_equals_whole_decoding(tiny_model):
