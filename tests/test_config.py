@@ -56,10 +56,14 @@ def test_choices_and_empty_lists_are_checked():
     config.data.buckets = ()
     config.data.validation_share = 0.0
     config.sample.guidance_interval = (0.9, 0.1)
+    config.sample.spacing, config.sample.boundary = "linear", 875.0
+    config.image.tower_dtype = "int8"
     config.export_dtype = "float8"
     with pytest.raises(ValueError) as error:
         base.validate(config)
     for part in ("model.remat='most'", "model.attention=()", "data.buckets=()", "validation_share=0.0", "(0.9, 0.1)"):
+        assert part in str(error.value)
+    for part in ("sample.spacing='linear': expected one of even", "sample.boundary=875.0", "image.tower_dtype='int8'"):
         assert part in str(error.value)
     assert "export_dtype='float8': expected one of float32, bfloat16, float16" in str(error.value)
 

@@ -6,8 +6,9 @@
 
 **Two networks may take turns** (Wan 2.2 A14B): one makes the steps that begin at the boundary or above it, in much
 noise, the other those below. `denoise` then follows one after the other, each by a program of its own, with what the
-sampler remembers handed over. One program that chose inside of its loop would hold the weights of both all the time,
-and take as long to compile as both of these; so the weights that wait may lie where the caller put them.
+sampler remembers handed over. A single program, whether it chose inside of its loop or had two, would hold the weights
+of both throughout; these hold one's, and those that wait may lie where the caller put them. The price is a program more
+to compile.
 """
 
 from __future__ import annotations
