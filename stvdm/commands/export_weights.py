@@ -23,9 +23,17 @@ def add(commands: Any) -> None:
     command.add_argument("--to", required=True, metavar="DIR", help="folder of the other format")
     command.add_argument("--format", choices=("diffusers", "original"), default="diffusers", help="(default diffusers)")
     command.add_argument("--dtype", choices=parts.DTYPES, default="float32", help="of transformers (default float32)")
+    command.add_argument(
+        "--raw", action="store_true", help="of a run: the weights of its newest checkpoint, not their average"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     from stvdm.interop import wan_model
 
-    print("\n".join(wan_model.give(args.source, args.to, args.format, dtype=args.dtype)))
+    params = None
+    if args.raw:
+        from stvdm.train import dit
+
+        params = dit.raw_weights(args.source)
+    print("\n".join(wan_model.give(args.source, args.to, args.format, dtype=args.dtype, params=params)))
