@@ -36,6 +36,9 @@ def add(commands: Any) -> None:
         help="of StableHLO's clips: frames, height, width, e.g. 81x480x832 (default: the largest it was trained on)",
     )
     command.add_argument("--dtype", choices=parts.DTYPES, default="float32", help="of transformers (default float32)")
+    command.add_argument(
+        "--raw", action="store_true", help="of a run: the weights of its newest checkpoint, not their average"
+    )
 
 
 def clip(text: str) -> tuple[int, int, int]:
@@ -62,4 +65,9 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--clip: weights are for clips of any size; it is for --format=stablehlo")
     from stvdm.interop import wan_model
 
-    print("\n".join(wan_model.give(args.source, args.to, args.format, dtype=args.dtype)))
+    params = None
+    if args.raw:
+        from stvdm.train import dit
+
+        params = dit.raw_weights(args.source)
+    print("\n".join(wan_model.give(args.source, args.to, args.format, dtype=args.dtype, params=params)))

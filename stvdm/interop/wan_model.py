@@ -327,6 +327,7 @@ def give(
     *,
     dtype: jax.typing.DTypeLike = jnp.float32,
     shard_bytes: int = weights.SHARD_BYTES,
+    params: Tree | None = None,
 ) -> list[str]:
     """Writes a folder of ours as that format has it: the inverse of `bring`; returns the folders of networks.
 
@@ -336,6 +337,7 @@ def give(
 
     Args:
       dtype: of the transformers' weights; an autoencoder's stay float32.
+      params: {"dit"}: the transformer's, in place of those in the folder.
 
     Raises:
       FileNotFoundError, ValueError: as `held` and `wan.config_of`.
@@ -346,6 +348,7 @@ def give(
         wan.config_of(dit, to)  # refused before anything is written
     folders = []
     for name, (dit, part) in model.transformers.items():
+        part = part if params is None else weights.of_tree(params[name])
         folders.append(str(out / named[name]))
         wan.save(folders[-1], dit, part, to, dtype=dtype, shard_bytes=shard_bytes)
     coder = model.autoencoder

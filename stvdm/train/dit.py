@@ -374,6 +374,31 @@ def start_of(path: epath.PathLike, coder_params: Tree) -> Start:
     return Start(weights, words, description["sha256"])
 
 
+def raw_weights(workdir: epath.PathLike) -> Tree:
+    """The weights of a run's newest checkpoint as they were trained, in place of their average; in the host's memory.
+
+    Args:
+      workdir: of a run that has ended, on whichever devices.
+
+    Raises:
+      FileNotFoundError: if there is no checkpoint, or no model beside it.
+      ValueError: for a run of another kind, or of adapters.
+    """
+    with checkpoint.Checkpoints(workdir) as checkpoints:
+        before = state_lib.config_before(checkpoints, "dit")
+        if before is None:
+            raise FileNotFoundError(f"{workdir}: no checkpoint here, and weights that are no average lie in one alone.")
+        if before["lora"]["rank"]:
+            raise ValueError(f"{workdir}: a run of adapters has no weights of its own, so merge its average.")
+        config = ConfigDict(before)
+        coder = pipeline.autoencoder_of(load_autoencoder(workdir)[1]["autoencoder"])
+        mesh = sharding.make_mesh(devices=jax.devices("cpu")[:1])
+        with jax.set_mesh(mesh):
+            expected = state_lib.abstract_state(program(config, coder), mesh)
+            state, _ = checkpoints.restore(expected._replace(params=expected.ema))
+            return jax.tree.map(checkpoint.on_host, state.params)
+
+
 def frozen_weights(config: ConfigDict, coder_params: Tree) -> Tree:
     """What a step reads of an autoencoder: of latents that are ready, their statistics alone."""
     names = ("statistics",) if config.data.source == "latents" else ("autoencoder", "statistics")
