@@ -52,6 +52,8 @@ def clip(text: str) -> tuple[int, int, int]:
 
 def run(args: argparse.Namespace) -> None:
     if args.format == "stablehlo":
+        if args.raw:
+            raise ValueError("--raw: programs are written with the averaged weights; leave it out, or choose a format")
         import jax
 
         jax.config.update("jax_platforms", "cpu")  # programs are for all kinds of devices, and nothing is computed
