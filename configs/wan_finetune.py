@@ -60,6 +60,7 @@ def get_config(variant: str = "1.3b-v6e-lora") -> ConfigDict:
     config.total_steps = 5_000
     config.eval_every = 500
     config.checkpoint_every = 500
+    config.sample.sampler = config.sample.spacing = "unipc"
     config.sample.steps = 50
     config.sample.guidance = 5.0
     return config.lock()

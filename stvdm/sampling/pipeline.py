@@ -40,7 +40,6 @@ from stvdm.models.tokenizers import BytePairTokenizer, PieceTokenizer
 from stvdm.models.unet import UNet
 from stvdm.sampling import denoising, first_frame
 from stvdm.sampling.denoising import SAMPLERS, Models
-from stvdm.sampling.denoising import objective as objective  # of a config's flow section, as `build` is of its model
 
 Tree = Any
 

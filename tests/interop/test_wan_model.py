@@ -92,6 +92,17 @@ def test_a_whole_sampling_is_that_of_diffusers(ours):
     assert max(worst.values()) < 3 * TOLERANCE, worst
 
 
+def test_the_pipeline_samples_it_so_by_itself(ours, monkeypatch):
+    """By nothing but its config, from the same noise."""
+    made, golden = opened(ours), foreign_wan_model.golden()["outputs"]
+    monkeypatch.setattr(pipeline, "noise_of", lambda seed, shape: jnp.asarray(foreign_wan_model.noise()[seed]))
+    settings = dict(foreign_wan_model.SIZE, steps=foreign_wan_model.STEPS, guidance=foreign_wan_model.GUIDANCE)
+    with pytest.warns(UserWarning, match="clips of .*9, 32, 48"):
+        result = made.generate(foreign_wan_model.PROMPTS, seeds=[0, 1], batch_size=2, **settings)
+    assert in_norm(result.latents, golden[f"latent_{foreign_wan_model.STEPS}"]) < TOLERANCE
+    assert in_norm(result.videos / 255, golden["frames"]) < 0.01  # bytes
+
+
 def test_the_golden_file_is_what_diffusers_says_today(published):
     pytest.importorskip("torch")
     pytest.importorskip("diffusers")
