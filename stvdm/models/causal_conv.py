@@ -108,10 +108,9 @@ def _convolve_space(x: jax.Array, kernel: jax.Array, stride: Triple) -> jax.Arra
     taps, height, width = kernel.shape[:3]
     if taps == 1:
         return _convolve_frames(x, kernel[0], stride[1])
-    if sharding.platform() == "cpu":  # XLA's 3-D convolution is slow there: all taps in one 2-D convolution
-        channels, out = kernel.shape[3:]
-        y = _convolve_frames(x, jnp.moveaxis(kernel, 0, 3).reshape(height, width, channels, taps * out), stride[1])
-        return _sum(_every(y[..., i * out : (i + 1) * out], i, taps, stride[0]) for i in range(taps))
+    if sharding.platform() == "cpu":  # XLA's 3-D convolution is slow there: what all taps meet, in one 2-D convolution
+        met = jnp.concatenate([_every(x, i, taps, stride[0]) for i in range(taps)], axis=-1)
+        return _convolve_frames(met, jnp.moveaxis(kernel, 0, 2).reshape(height, width, -1, kernel.shape[-1]), stride[1])
     dimensions = ("NDHWC", "DHWIO", "NDHWC")
     space = _padding(stride[1])
     return lax.conv_general_dilated(x, kernel, stride, ((0, 0), space, space), dimension_numbers=dimensions)
