@@ -173,9 +173,12 @@ class Pipeline:
             adapters = [(path or "", 1.0), *adapters]
             params, description = checkpoint.load_model(model_folder(description["base"]))
         if description["kind"] != "dit":
+            remedy = {
+                "autoencoder": "train a transformer on it with `stvdm train dit`, and give that folder.",
+                "transformers": "import it with its autoencoder and its tower (`stvdm import --vae --tower`).",
+            }.get(description["kind"], "give a trained or imported transformer.")
             raise ValueError(
-                f"{path}: this is a model of kind {description['kind']!r}, which makes no videos by itself; "
-                "train a transformer on it with `stvdm train dit`, and give that folder."
+                f"{path}: this is a model of kind {description['kind']!r}, which makes no videos by itself; {remedy}"
             )
         if adapters and "dit" not in params:
             raise ValueError(f"{path}: adapters are for one network, and this model has two that take turns.")
