@@ -44,17 +44,27 @@ check_data() { # check_data FLAG VALUE: sets bucket and folder, which is empty f
     folder=${folder%/}
 }
 
-check_training() { # check_training COMMAND...: there is one, and what it writes outlives these machines
+check_command() { # check_command COMMAND...: there is one, what it writes outlives these machines, and workers share the work
     [ $# -gt 0 ] || die "start: got no command, expected one after --; e.g. -- stvdm train dit --config=... --workdir=gs://..."
-    local word before=""
+    local word before="" making=no shared_out=no
     for word in "$@"; do
         case "$before$word" in
             --workdir=gs://?* | "--workdir gs://"?*) ;;
+            preprocess) making=yes ;;
+            --host=auto | "--host auto") shared_out=yes ;;
+            --out=/mnt/data/?* | "--out /mnt/data/"?*) ;;
+            --out=* | "--out "*)
+                die "--out=${word#--out=}: expected a folder in /mnt/data, where all workers see the bucket and may write to it" \
+                    "once it is mounted --writable"
+                ;;
             --workdir=* | "--workdir "*)
                 die "--workdir=${word#--workdir=}: expected gs://BUCKET/FOLDER, which all workers share and which outlives them"
                 ;;
         esac
         before=""
-        if [ "$word" = --workdir ]; then before="--workdir "; fi
+        case "$word" in --workdir | --out | --host) before="$word " ;; esac
     done
+    if [ "$making" = yes ] && [ "$shared_out" = no ]; then
+        die "preprocess: got no --host=auto, without which all workers would make all latents; add it"
+    fi
 }

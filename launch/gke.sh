@@ -8,14 +8,17 @@ usage() {
 launch/gke.sh ACTION NAME [--dry-run] [...]
 
   start    --chip=v5e|v5p|v6e|tpu7x --topology=4x4 --image=IMAGE [--slices=N] [--spot] [--chips-per-host=4]
-           [--queue=multislice-queue] [--service-account=ACCOUNT] [--data=gs://BUCKET[/FOLDER]]
-           -- stvdm train ... --workdir=gs://BUCKET/FOLDER
+           [--queue=multislice-queue] [--service-account=ACCOUNT] [--data=gs://BUCKET[/FOLDER] [--writable]]
+           [--timeout-s=900] -- stvdm train ... --workdir=gs://BUCKET/FOLDER
+           or -- stvdm preprocess --host=auto ... --out=/mnt/data/FOLDER
   status   of its pods
   logs     of the first one, as they come
   stop     the training saves and leaves; the same start goes on from there
 
 It talks to the cluster of kubectl's context, which has JobSet and node pools of such slices: made by XPK, by Cluster
-Toolkit or by hand. --data is to be read as the folder /mnt/data, by GKE's driver of Cloud Storage FUSE. --dry-run prints the commands, quoted so that they can be pasted, and runs none.
+Toolkit or by hand. --data is to be read as the folder /mnt/data, or with --writable written to as well, by GKE's driver
+of Cloud Storage FUSE. What is silent for --timeout-s is started again. --dry-run prints the commands, quoted so that they
+can be pasted, and runs none.
 EOF
 }
 
@@ -40,6 +43,7 @@ check_name "$name" 40 # the names of pods, which have 63, begin with it
 shift 2
 
 chip="" topology="" image="" slices=1 per_host=4 spot="" queue="" account=default data="" bucket="" folder=""
+read_only=true timeout=900
 while [ $# -gt 0 ]; do
     case "$action $1" in
         *" --dry-run") dry_run=yes ;;
@@ -52,6 +56,8 @@ while [ $# -gt 0 ]; do
         "start --queue="*) queue=${1#*=} ;;
         "start --service-account="*) account=${1#*=} ;;
         "start --data="*) data=${1#*=} ;;
+        "start --writable") read_only=false ;;
+        "start --timeout-s="*) timeout=${1#*=} ;;
         "start --")
             shift
             break
@@ -118,7 +124,7 @@ spec:
             containers:
             - name: stvdm
               image: $(json "$image")
-              command: [$(json stvdm supervise --grace-s=120 --chip="$chip" -- "$@")]
+              command: [$(json stvdm supervise --grace-s=120 --timeout-s="$timeout" --chip="$chip" -- "$@")]
               ports: [{containerPort: 8471}, {containerPort: 8080}]  # between chips' hosts; between slices
               resources:
                 requests: {google.com/tpu: $tpus}
@@ -128,12 +134,12 @@ EOF
         local options=implicit-dirs
         if [ -n "$folder" ]; then options=$options,only-dir=$folder; fi
         cat <<EOF
-              volumeMounts: [{name: data, mountPath: /mnt/data, readOnly: true}]
+              volumeMounts: [{name: data, mountPath: /mnt/data, readOnly: $read_only}]
             volumes:
             - name: data
               csi:
                 driver: gcsfuse.csi.storage.gke.io
-                readOnly: true
+                readOnly: $read_only
                 volumeAttributes: {bucketName: $(json "$bucket"), mountOptions: $(json "$options"), hostNetworkPodKSA: "true"}
 EOF
     fi
@@ -153,7 +159,8 @@ case "$action" in
         [ -n "$image" ] || die "--image is missing: expected one that has stvdm; launch/Dockerfile makes it"
         check_count --slices "$slices"
         check_count --chips-per-host "$per_host"
-        check_training "$@"
+        check_count --timeout-s "$timeout"
+        check_command "$@"
         chips=$((${topology//x/*}))
         if [ "$chips" -le "$per_host" ]; then
             hosts=1 tpus=$chips
@@ -167,6 +174,8 @@ case "$action" in
         if [ -n "$data" ]; then
             check_data --data "$data"
             annotations='gke-gcsfuse/volumes: "true"'
+        elif [ "$read_only" = false ]; then
+            die "--writable: expected --data=gs://BUCKET too, which is what would be written to; give it or leave --writable out"
         fi
         nodes="cloud.google.com/gke-tpu-accelerator: $accelerator, cloud.google.com/gke-tpu-topology: $topology"
         if [ -n "$queue" ]; then labels="kueue.x-k8s.io/queue-name: $(json "$queue")"; fi

@@ -11,10 +11,12 @@ launch/tpu_vm.sh ACTION NAME --zone=ZONE [--dry-run] [...]
            ask for TPUs: v5litepod-16, v5p-8, v6e-64, ...; without --spot and --reserved they are on-demand
   wait     until they are there
   install  put the commit that is checked out here on all workers, with its packages
-  mount    --data=gs://BUCKET[/FOLDER]
-           on all workers, to be read as the folder /mnt/data
-  start    --chip=v5e|v5p|v6e -- stvdm train ... --workdir=gs://BUCKET/FOLDER
-           on all workers; each has a supervisor that restarts what dies and resumes it
+  mount    --data=gs://BUCKET[/FOLDER] [--writable]
+           on all workers, to be read as the folder /mnt/data, or with --writable written to as well;
+           in place of what was mounted there
+  start    --chip=v5e|v5p|v6e [--timeout-s=900] -- stvdm train ... --workdir=gs://BUCKET/FOLDER
+           on all workers; each has a supervisor that restarts what dies, or is silent for so long, and resumes it;
+           or -- stvdm preprocess --host=auto ... --out=/mnt/data/FOLDER
   logs     of the first worker, as they come
   stop     on all workers: the training saves and leaves; the same start goes on from there
   delete   give the TPUs back
@@ -43,7 +45,7 @@ name=${2:-}
 check_name "$name" 60
 shift 2
 
-zone="" accelerator="" slices=1 tier="" runtime="" chip="" data=""
+zone="" accelerator="" slices=1 tier="" runtime="" chip="" data="" writable=no timeout=900
 while [ $# -gt 0 ]; do
     case "$action $1" in
         *" --zone="*) zone=${1#*=} ;;
@@ -56,7 +58,9 @@ while [ $# -gt 0 ]; do
             tier=$1
             ;;
         "mount --data="*) data=${1#*=} ;;
+        "mount --writable") writable=yes ;;
         "start --chip="*) chip=${1#*=} ;;
+        "start --timeout-s="*) timeout=${1#*=} ;;
         "create --" | "start --")
             shift
             break
@@ -125,23 +129,26 @@ case "$action" in
         fuse="command -v gcsfuse || { curl -fsSL https://packages.cloud.google.com/apt/doc/apt-key.gpg \
 | sudo tee /usr/share/keyrings/cloud.google.asc > /dev/null && echo \"$repository\" \
 | sudo tee /etc/apt/sources.list.d/gcsfuse.list && sudo apt-get update -qq && sudo apt-get install -qq -y gcsfuse; }"
-        only=(-o ro --implicit-dirs)
-        if [ -n "$folder" ]; then only+=(--only-dir="$folder"); fi
-        everywhere "{ $fuse; } && sudo mkdir -p /mnt/data && sudo chown \"\$(id -u)\" /mnt/data \
-&& { mountpoint -q /mnt/data || gcsfuse $(quoted "${only[@]}" "$bucket") /mnt/data; }"
+        options=(--implicit-dirs)
+        if [ "$writable" = no ]; then options+=(-o ro); fi
+        if [ -n "$folder" ]; then options+=(--only-dir="$folder"); fi
+        everywhere "{ $fuse; } && sudo mkdir -p /mnt/data \
+&& { ! mountpoint -q /mnt/data || fusermount -u /mnt/data; } \
+&& sudo chown \"\$(id -u)\" /mnt/data && gcsfuse $(quoted "${options[@]}" "$bucket") /mnt/data"
         ;;
     start)
         case "$chip" in
             v5e | v5p | v6e) ;;
             *) die "--chip='$chip': expected v5e, v5p or v6e, for the compiler's flags; v5litepod is v5e" ;;
         esac
-        check_training "$@"
+        check_count --timeout-s "$timeout"
+        check_command "$@"
         # A file, since systemd has its own ideas about $ and % in arguments. The unit keeps the run when ssh ends, lets
         # the supervisor alone be asked to stop, when the machine is taken away too, cannot be started twice, and may pin
         # the memory that libtpu sends from.
         # shellcheck disable=SC2016 # $HOME and $PATH are the worker's
         script='export PATH="$HOME/stvdm/.venv/bin:$PATH"; exec stvdm supervise --grace-s=120'
-        script="$script $(quoted --chip="$chip" -- "$@")"
+        script="$script $(quoted --timeout-s="$timeout" --chip="$chip" -- "$@")"
         everywhere "cd stvdm && printf '%s\\n' $(quoted "$script") > start.sh && sudo systemd-run --unit=stvdm --collect \
 --uid=\"\$(id -u)\" --working-directory=\"\$PWD\" --property=KillMode=mixed --property=TimeoutStopSec=150 \
 --property=LimitMEMLOCK=infinity /bin/bash \"\$PWD/start.sh\""

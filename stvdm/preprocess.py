@@ -53,6 +53,7 @@ def preprocess(
     num_threads: int = 4,
     about: Mapping[str, Any] | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    wait: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Encode all of `source` into `directory`; returns the metadata it wrote, with what was "skipped" and why.
 
@@ -65,7 +66,7 @@ def preprocess(
       buckets: the clip shapes to write; see `stvdm.data.buckets`. Their batch sizes and weights play no part.
       read: captions -> (text_BSE, mask_BS), e.g. a `towers.Reader`; what is real of it is stored as "text". None: none.
       host: (i, n): this is host i of n that write to one directory, and makes every n-th shard. Whichever finds all
-        shards made writes the metadata; the others return {}.
+        shards made writes the metadata; the others return {}, or `wait`.
       seed: of moments and crops.
       batch_size: clips a call of `encode`.
       examples_per_shard: clips a shard, which is what is lost when the run is cut short.
@@ -74,6 +75,8 @@ def preprocess(
       num_threads: threads that read; FFmpeg lets go of the interpreter lock.
       about: what made the latents (checkpoint, its digest ...). Part of the identity of the directory.
       on_progress: called with (clips done, clips in all) after every shard.
+      wait: called again and again, a pause each time, until the other hosts have made their shards too. None: this
+        host does not wait for them.
 
     Raises:
       ValueError: if `directory` holds other data or settings, no clip can be read, or a latent is not finite.
@@ -115,8 +118,10 @@ def preprocess(
                 latents = _encoded(encode, read, source, chosen, seed, batch_size, dtype, pool, skipped)
                 records.write_shard(directory, shard, latents, job=job, skipped=skipped)
             on_progress(shard * examples_per_shard + len(chosen), len(clips))
-    if len(records.finished_shards(directory, job=job)) < num_shards:
-        return {}  # other hosts are still at work
+    while len(records.finished_shards(directory, job=job)) < num_shards:  # other hosts are still at work
+        if wait is None:
+            return {}
+        wait()
     report = getattr(source, "report", SkipReport(num_found=len(source))).to_json()
     said = {**(about or {}), "source": source.fingerprint, "source_report": report, "seed": seed, "dtype": dtype}
     return records.finish(directory, num_shards=num_shards, about=said)

@@ -1,4 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -138,3 +141,23 @@ def test_several_hosts_write_what_one_writes(tmp_path):
     assert 0 < encoders[1].calls < encoders[0].calls
     with pytest.raises(ValueError, match=r"host=\(2, 2\): expected \(i, n\) with 0 <= i < n"):
         run(tmp_path / "parts", Encoder(), host=(2, 2))
+
+
+def test_hosts_that_wait_for_the_others_all_return_what_was_written(tmp_path):
+    """Also when all come to the end at once, and each of them writes the metadata."""
+    whole = run(tmp_path / "whole", Encoder())
+    waits = []
+
+    def one_of_three(i):
+        def wait():
+            waits.append(i)
+            time.sleep(0.001)
+
+        return run(tmp_path / "parts", Encoder(), host=(i, 3), wait=wait)
+
+    with ThreadPoolExecutor(3) as hosts:
+        assert list(hosts.map(one_of_three, range(3))) == [whole] * 3
+    with ThreadPoolExecutor(8) as hosts:
+        assert list(hosts.map(one_of_three, [0, 1, 2] * 8)) == [whole] * 24
+    assert len(RecordSource(tmp_path / "parts")) == 14
+    assert not list((tmp_path / "parts").glob("*.unfinished"))

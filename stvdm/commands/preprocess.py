@@ -4,9 +4,15 @@
 import argparse
 import json
 import re
-from typing import Any
+import signal
+import sys
+import time
+from typing import Any, NoReturn
 
 from stvdm.commands import parts
+
+AUTO = "auto"
+WAIT_SECONDS = 10.0  # between looks at whether the other hosts have made their shards
 
 
 def add(commands: Any) -> None:
@@ -17,15 +23,17 @@ def add(commands: Any) -> None:
         "compute the latents of a data set once, and what a tower makes of its captions",
         "stvdm preprocess --config=configs/autoencoder_kinetic.py --checkpoint=runs/autoencoder --out=runs/latents",
         "Then train on them with --config.data.source=latents --config.data.path=DIR. With the config of a DiT whose "
-        "text.tower names a published tower, its text is stored beside the latents.",
+        "text.tower names a published tower, its text is stored beside the latents. On the workers of a TPU slice, "
+        "launch/README.md shows how.",
     )
     parts.add_config(command)
     command.add_argument(
         "--host",
         type=_host,
         default=(0, 1),
-        metavar="I/N",
-        help="this is host I, from 0, of N that write to one folder, each its share of the shards",
+        metavar="I/N|auto",
+        help="this is host I, from 0, of N that write to one folder, each its share of the shards; auto: I and N are "
+        "those of the processes that `stvdm supervise` starts, on one machine or on every worker of a TPU slice",
     )
     command.add_argument("--checkpoint", metavar="DIR", help="the trained autoencoder (default: the config's)")
     command.add_argument("--out", required=True, metavar="DIR", help="folder of the latents")
@@ -36,7 +44,11 @@ def add(commands: Any) -> None:
         help="validation: the held-out clips of kinetic shapes, or those of data.validation_path (default: train)",
     )
     command.add_argument(
-        "--batch", type=parts.count, default=16, metavar="B", help="clips encoded at once (default 16)"
+        "--batch",
+        type=parts.count,
+        default=16,
+        metavar="B",
+        help="clips encoded at once, a multiple of the devices of this host or rounded up to one (default 16)",
     )
 
 
@@ -49,10 +61,16 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(
             "--checkpoint='': expected the folder of a trained autoencoder, so name the one to encode with"
         )
+    from stvdm.train import supervisor
+
+    if args.host == AUTO:
+        supervisor.join()
+        signal.signal(signal.SIGTERM, _leave)  # nothing is to be saved: what is lost is the shard in the making
+    supervisor.beat()
     parts.keep_compiled_programs()
     import jax
 
-    from stvdm import checkpoint, preprocess
+    from stvdm import checkpoint, preprocess, sharding
     from stvdm.data import loader
     from stvdm.interop import towers
     from stvdm.sampling import pipeline
@@ -68,27 +86,56 @@ def run(args: argparse.Namespace) -> None:
     def encode(params: Any, video_BTHWC: Any) -> Any:
         return autoencoder.apply({"params": params}, pipeline.to_model_range(video_BTHWC), method="encode")[0]
 
-    data = config.data
-    with parts.progress() as show:
+    # Clips are split over the devices of this host, and so are a tower's weights; hosts have nothing to say to another.
+    devices = jax.local_devices()
+    mesh = sharding.make_mesh(data=1, fsdp=len(devices), devices=devices)
+    params = jax.device_put(params["autoencoder"], sharding.replicated(mesh))
+    data, done = config.data, 0
+
+    def encode_here(video_BTHWC: Any) -> Any:
+        supervisor.beat(done)
+        return encode(params, jax.device_put(video_BTHWC, sharding.batch_sharding(mesh)))
+
+    def wait() -> None:
+        supervisor.beat(done)
+        time.sleep(WAIT_SECONDS)
+
+    with parts.progress() as show, jax.set_mesh(mesh):
+
+        def on_progress(now: int, total: int) -> None:
+            nonlocal done
+            done = now
+            show(f"encoding {done}/{total}", over=done == total)
+
         show("looking at the clips")
         about = preprocess.preprocess(
-            lambda video_BTHWC: encode(params["autoencoder"], video_BTHWC),
+            encode_here,
             loader.configured_source(data, seed=config.seed, split=args.split),
             args.out,
             buckets=data.buckets,
             seed=config.seed,
-            read=None if tower is None else tower.on().__call__,
-            host=args.host,
-            batch_size=args.batch,
+            read=None if tower is None else tower.on(mesh).__call__,
+            host=(jax.process_index(), jax.process_count()) if args.host == AUTO else args.host,
+            batch_size=-(-args.batch // len(devices)) * len(devices),
             about=made_by,
-            on_progress=lambda done, total: show(f"encoding {done}/{total}", over=done == total),
+            on_progress=on_progress,
+            wait=wait if args.host == AUTO else None,
         )
     print(json.dumps(about, indent=2, default=parts.plain))
 
 
-def _host(text: str) -> tuple[int, int]:
+def _leave(*_: Any) -> NoReturn:
+    from stvdm.train import supervisor
+
+    supervisor.leave_at_once(supervisor.RESUME)
+    sys.exit(supervisor.RESUME)
+
+
+def _host(text: str) -> tuple[int, int] | str:
+    if text == AUTO:
+        return AUTO
     numbers = re.fullmatch(r"(\d+)/(\d+)", text)
     host = (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
     if host[0] >= host[1]:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected I/N with I from 0 to N - 1, e.g. 0/4")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected I/N with I from 0 to N - 1, e.g. 0/4, or auto")
     return host

@@ -20,6 +20,7 @@ Encoding: https://github.com/google/array_record, https://msgpack.org.
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -131,7 +132,7 @@ def finish(directory: str | os.PathLike, *, num_shards: int, about: Mapping[str,
         "skipped": {name: reason for sidecar in sidecars for name, reason in sidecar["skipped"].items()},
         "about": dict(about or {}),
     }
-    unfinished = folder / "index.npy.unfinished"
+    unfinished = _unfinished(folder / "index.npy")
     with unfinished.open("wb") as opened:
         np.save(opened, shapes)
     unfinished.replace(folder / "index.npy")
@@ -222,7 +223,12 @@ def _clip_shape(example: Mapping[str, Any]) -> list[int]:
     return [int(n) for n in (example["shape"] if "latent" in example else example["video"].shape[:3])]
 
 
+def _unfinished(path: Path) -> Path:
+    """Where to write what will be `path`: a name that no other host which finishes the same directory takes."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.unfinished")
+
+
 def _write_json(path: Path, content: Any) -> None:
-    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished = _unfinished(path)
     unfinished.write_text(json.dumps(content), "utf-8")
     unfinished.replace(path)

@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `stvdm preprocess` writes and refuses."""
 
+import os
+import subprocess
+import sys
+
+import jax
 import numpy as np
 import pytest
 from flax import linen as nn
 
-from stvdm import cli
+from stvdm import checkpoint, cli, preprocess
+from stvdm.data import loader, records
+from stvdm.models.autoencoder3d import Autoencoder
 
 
-def test_preprocess_writes_the_latents_that_the_autoencoder_makes(tmp_path, capsys):
-    import jax
-
-    from stvdm import checkpoint
-    from stvdm.data import loader, records
-    from stvdm.models.autoencoder3d import Autoencoder
-
+@pytest.fixture
+def made(tmp_path):
+    """The words that make latents of three clips with an autoencoder whose weights are random, and that one."""
     (tmp_path / "config.py").write_text(
         "from stvdm import config as base\n"
         "def get_config():\n"
@@ -39,19 +42,70 @@ def test_preprocess_writes_the_latents_that_the_autoencoder_makes(tmp_path, caps
     checkpoint.save_model(
         tmp_path / "run" / "model", {"autoencoder": params}, {"kind": "autoencoder", "autoencoder": settings}
     )
-    words = ["preprocess", f"--config={tmp_path}/config.py", f"--out={tmp_path}/latents", "--batch=2"]
-    assert cli.main([*words, f"--checkpoint={tmp_path}/run", "--config.seed=3"]) == 0
+    words = ["preprocess", f"--config={tmp_path}/config.py", "--batch=2", f"--checkpoint={tmp_path}/run"]
+    return [*words, "--config.seed=3"], model, params
+
+
+def latents_in(folder):
+    """By caption, of which no two are the same here."""
+    written = records.RecordSource(folder)
+    return {written.read(i)["caption"]: written.read(i)["latent"] for i in range(len(written))}
+
+
+def test_preprocess_writes_the_latents_that_the_autoencoder_makes(made, tmp_path, capsys):
+    words, model, params = made
+    assert cli.main([*words, f"--out={tmp_path}/latents"]) == 0
     assert "encoding 3/3" in capsys.readouterr().err
 
     source = loader.open_source("kinetic_shapes", num_clips=3, seed=3)
-    written = records.RecordSource(tmp_path / "latents")
-    assert len(written) == 3
-    latents = {written.read(i)["caption"]: written.read(i)["latent"] for i in range(3)}
+    latents = latents_in(tmp_path / "latents")
+    assert len(latents) == 3
     clips = [source.read(i, num_frames=5, height=16, width=16, rng=np.random.default_rng(0)) for i in range(3)]
     videos = np.stack([clip["video"] for clip in clips]).astype(np.float32) / 127.5 - 1
     means, _ = jax.jit(lambda video: model.apply({"params": params}, video, method="encode"))(videos)
     for clip, mean in zip(clips, means, strict=True):
         np.testing.assert_allclose(latents[clip["caption"]], mean, rtol=1e-2, atol=1e-2)
+
+
+def test_all_devices_of_a_host_encode_and_make_what_one_makes(made, tmp_path, monkeypatch):
+    words, whole, where = made[0], preprocess.preprocess, []
+
+    def watched(encode, *args, **settings):
+        def seen(video_BTHWC):
+            latent_Bthwz = encode(video_BTHWC)
+            where.append((len(latent_Bthwz), len({str(shard.index) for shard in latent_Bthwz.addressable_shards})))
+            return latent_Bthwz
+
+        return whole(seen, *args, **settings)
+
+    monkeypatch.setattr(preprocess, "preprocess", watched)
+    assert cli.main([*words, f"--out={tmp_path}/eight"]) == 0
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+    assert cli.main([*words, f"--out={tmp_path}/one"]) == 0
+    assert where == [(8, 8), (2, 1), (2, 1)]  # clips of a call, each on a device of its own; --batch=2 on one
+    eight, one = latents_in(tmp_path / "eight"), latents_in(tmp_path / "one")
+    assert eight.keys() == one.keys() and len(one) == 3
+    for caption, latent in one.items():
+        np.testing.assert_allclose(eight[caption], latent, rtol=1e-3, atol=1e-3)  # stored in float16
+
+
+@pytest.mark.slow
+def test_each_process_of_a_job_finds_its_share(made, tmp_path):
+    """As on the workers of a slice: all are given the same words; whoever is first waits for the others."""
+    words = [*made[0], "--config.data.num_clips=520"]  # two shards
+    command = [sys.executable, "-m", "stvdm.cli", *words]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    alone = [*command, "--host=auto", f"--out={tmp_path}/alone"]
+    subprocess.run(alone, env=environment, check=True, capture_output=True)
+    supervised = [sys.executable, "-m", "stvdm.cli", "supervise", "--processes=2", "--max-failures=1", "--"]
+    shared = [*supervised, *command, "--host=auto", f"--out={tmp_path}/shared"]
+    run = subprocess.run(shared, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count('"count": 520') == 2  # both say what there is in the end
+    assert "encoding 512/520" in run.stderr or "encoding 520/520" in run.stderr
+    whole, parts = (records.read_metadata(tmp_path / name) for name in ("alone", "shared"))
+    assert len(whole["shards"]) == 2 and parts == whole  # the same bytes, by their fingerprint
+    assert not list((tmp_path / "shared").glob("*.unfinished"))
 
 
 def test_preprocess_without_an_autoencoder_is_refused(config_file, failure):
@@ -67,4 +121,4 @@ def test_hosts_are_counted_from_0(config_file, capsys):
     for said in ("2/2", "1", "a/b"):
         with pytest.raises(SystemExit):
             cli.main(["preprocess", f"--config={config_file}", "--out=latents", f"--host={said}"])
-        assert f"{said!r}: expected I/N with I from 0 to N - 1, e.g. 0/4" in capsys.readouterr().err
+        assert f"{said!r}: expected I/N with I from 0 to N - 1, e.g. 0/4, or auto" in capsys.readouterr().err

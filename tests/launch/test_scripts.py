@@ -85,8 +85,8 @@ MOUNT = (
     '"deb [signed-by=/usr/share/keyrings/cloud.google.asc] https://packages.cloud.google.com/apt '
     'gcsfuse-$(lsb_release -cs) main" '
     "| sudo tee /etc/apt/sources.list.d/gcsfuse.list && sudo apt-get update -qq && sudo apt-get install -qq -y gcsfuse"
-    '; }; } && sudo mkdir -p /mnt/data && sudo chown "$(id -u)" /mnt/data && { mountpoint -q /mnt/data '
-    "|| gcsfuse -o ro --implicit-dirs --only-dir=some/folder my-bucket /mnt/data; }"
+    "; }; } && sudo mkdir -p /mnt/data && { ! mountpoint -q /mnt/data || fusermount -u /mnt/data; } "
+    '&& sudo chown "$(id -u)" /mnt/data && gcsfuse --implicit-dirs'
 )
 TPU = {
     "create --accelerator=v6e-16": [
@@ -104,7 +104,12 @@ TPU = {
         [*QR, "ssh", "run", "--node=0", "--worker=0",
          "--command=sudo journalctl --unit=stvdm --lines=100 --follow", ZONE]
     ],
-    "mount --data=gs://my-bucket/some/folder/": [[*QR, "ssh", "run", *EVERYWHERE, MOUNT, ZONE]],
+    "mount --data=gs://my-bucket/some/folder/": [
+        [*QR, "ssh", "run", *EVERYWHERE, f"{MOUNT} -o ro --only-dir=some/folder my-bucket /mnt/data", ZONE]
+    ],
+    "mount --data=gs://my-bucket --writable": [
+        [*QR, "ssh", "run", *EVERYWHERE, f"{MOUNT} my-bucket /mnt/data", ZONE]
+    ],
     "stop": [[*QR, "ssh", "run", *EVERYWHERE, "--command=sudo systemctl stop stvdm", ZONE]],
     "delete": [[*QR, "delete", "run", "--force", "--quiet", ZONE]],
 }  # fmt: skip
@@ -205,8 +210,36 @@ def test_start_gives_every_word_to_the_supervisor_of_every_worker(machine, tmp_p
     assert unit[-2:] == ["/bin/bash", str(home / "stvdm/start.sh")]
     subprocess.run(unit[-2:], env=environment, check=True)
     supervise = machine.argvs[-1]
-    assert supervise == ["stvdm", "supervise", "--grace-s=120", "--chip=v6e", "--", *command]
-    assert cli.parser().parse_known_args(supervise[1:])[0].program[1:] == command
+    assert supervise == ["stvdm", "supervise", "--grace-s=120", "--timeout-s=900", "--chip=v6e", "--", *command]
+    parsed, _ = cli.parser().parse_known_args(supervise[1:])
+    assert parsed.program[1:] == command and parsed.timeout_s == 900  # in which one that froze is found
+
+
+@pytest.mark.parametrize("script", ["tpu_vm.sh", "gke.sh"])
+def test_how_long_a_worker_may_be_silent_is_said_to_its_supervisor(machine, script):
+    where = {"tpu_vm.sh": [ZONE], "gke.sh": ["--topology=4x4", "--image=i"]}[script]
+    for given, told in (([], "--timeout-s=900"), (["--timeout-s=3600"], "--timeout-s=3600")):
+        words = ["start", "run", "--dry-run", "--chip=v6e", *where, *given, "--", *TRAIN]
+        printed = succeeded(machine.run(script, *words)).stdout
+        assert told in printed and printed.count("--timeout-s") == 1
+
+
+LATENTS = ["stvdm", "preprocess", "--config=configs/dit_kinetic.py", "--host=auto", "--out=/mnt/data/latents"]
+
+
+def test_latents_are_made_on_all_workers_in_the_mounted_bucket(machine):
+    """Every worker is given the same words, and finds its share by --host=auto."""
+    printed = succeeded(
+        machine.run("tpu_vm.sh", "start", "run", ZONE, "--dry-run", "--chip=v6e", "--", *LATENTS)
+    ).stdout
+    assert f"--chip=v6e -- {' '.join(LATENTS)}" in printed and "--node=all --worker=all" in printed
+    words = ["--chip=v5p", "--topology=2x2x2", "--image=i", "--data=gs://my-bucket", "--writable", "--", *LATENTS]
+    succeeded(machine.run("gke.sh", "start", "run", *words))
+    _, _, _, pod, container = jobset(machine.calls[0]["stdin"])
+    assert as_kubernetes_reads(container["command"])[-len(LATENTS) :] == LATENTS
+    assert container["volumeMounts"] == [{"name": "data", "mountPath": "/mnt/data", "readOnly": False}]
+    assert pod["volumes"][0]["csi"]["readOnly"] is False
+    assert cli.parser().parse_args(LATENTS[1:]).host == "auto"
 
 
 def test_start_printed_and_pasted_is_start(machine):
@@ -256,7 +289,7 @@ def test_a_jobset_of_two_slices(machine):
     assert pod["terminationGracePeriodSeconds"] > 120  # the supervisor's grace
     assert container["resources"] == {key: {"google.com/tpu": 4} for key in ("requests", "limits")}
     assert as_kubernetes_reads(container["command"]) == [
-        "stvdm", "supervise", "--grace-s=120", "--chip=v6e", "--", *TRAIN, *NASTY
+        "stvdm", "supervise", "--grace-s=120", "--timeout-s=900", "--chip=v6e", "--", *TRAIN, *NASTY
     ]  # fmt: skip
     leaving, _ = pods["podFailurePolicy"]["rules"]
     assert leaving["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [75]}
@@ -287,6 +320,7 @@ def test_a_bucket_is_read_as_a_folder_and_what_was_refused_is_not_started_again(
     succeeded(machine.run("gke.sh", *words))
     manifest, _, pods, pod, container = jobset(machine.calls[0]["stdin"])
     assert container["volumeMounts"] == [{"name": "data", "mountPath": "/mnt/data", "readOnly": True}]
+    assert pod["volumes"][0]["csi"]["readOnly"] is True
     assert pods["template"]["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
     assert pod["volumes"][0]["csi"]["volumeAttributes"] == {
         "bucketName": "my-bucket", "mountOptions": "implicit-dirs,only-dir=a b", "hostNetworkPodKSA": "true"
@@ -341,6 +375,12 @@ VM = f"tpu_vm.sh create run {ZONE}"
         (f"tpu_vm.sh start run {ZONE} --chip=v6e", "start: got no command, expected one after --"),
         (f"tpu_vm.sh start run {ZONE} --chip=v6e -- stvdm train --workdir=runs/a", "expected gs://BUCKET/FOLDER"),
         (f"tpu_vm.sh start run {ZONE} --chip=v6e -- stvdm train --workdir runs/a", "expected gs://BUCKET/FOLDER"),
+        (f"tpu_vm.sh start run {ZONE} --chip=v6e --timeout-s=soon -- x", "--timeout-s=soon: expected a whole number"),
+        (f"tpu_vm.sh start run {ZONE} --chip=v6e -- stvdm preprocess --out=/mnt/data/a", "got no --host=auto"),
+        (f"tpu_vm.sh start run {ZONE} --chip=v6e -- stvdm preprocess --host=0/2 --out=/mnt/data/a", "no --host=auto"),
+        (f"tpu_vm.sh start run {ZONE} --chip=v6e -- stvdm preprocess --host=auto --out=a", "folder in /mnt/data"),
+        (f"{GKE} --chip=v6e --topology=4x4 -- stvdm preprocess --host auto --out gs://b/a", "folder in /mnt/data"),
+        (f"{GKE} --chip=v6e --topology=4x4 --writable -- x", "--writable: expected --data=gs://BUCKET too"),
         ("gke.sh begin run", "ACTION='begin': expected start, status, logs or stop"),
         ("gke.sh status Run", "NAME='Run': expected at most 40 lower-case letters"),
         (f"{GKE} --topology=4x4 -- x", "--chip='': expected v5e, v5p, v6e or tpu7x"),
