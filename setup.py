@@ -26,6 +26,7 @@ setup(
         "array-record>=0.8.1",
         "av>=18,<20",  # PyAV: FFmpeg in a wheel
         "etils[epath]>=1.9.1",  # paths that may be gs://
+        "flatbuffers>=24",  # of jax.export
         "flax>=0.12,<0.13",
         "grain>=0.2.15",
         "jax>=0.10.2,<0.13",
@@ -42,11 +43,10 @@ setup(
     ],
     extras_require={
         "ablate": ["matplotlib>=3.9"],
-        "notebooks": ["flatbuffers>=24", "ipykernel>=6.29", "matplotlib>=3.9"],  # flatbuffers: of jax.export
+        "notebooks": ["ipykernel>=6.29", "matplotlib>=3.9"],
         "tpu": ["jax[tpu]>=0.10.2,<0.13", "gcsfs"],
         "cuda": ["jax[cuda12]>=0.10.2,<0.13"],
         "test": [
-            "flatbuffers>=24",
             "ftfy>=6.3",
             "ipykernel>=6.29",
             "matplotlib>=3.9",

@@ -33,6 +33,16 @@ Size3 = tuple[int, int, int]  # (time, height, width)
 Place = tuple[Any, Any, Any]  # the same of one place, or arrays of many
 
 
+def check_sides(video: Size3, *, spatial: int, patch: Size3) -> None:
+    """Raises ValueError, naming sizes that would do, for sides that are not whole patches of the compressed video."""
+    for name, size, unit in zip(("height", "width"), video[1:], (spatial * p for p in patch[1:]), strict=True):
+        if size < unit or size % unit:
+            raise ValueError(
+                f"{name}={size}: space is compressed by {spatial} and cut into patches {patch}, so use a multiple of "
+                f"{unit}, e.g. {_neighbours(size, unit, 0)}."
+            )
+
+
 def latent_shape(video: Size3, *, temporal: int, spatial: int, grouping: Grouping = "causal") -> Size3:
     """(t, h, w) of the latent of a video of (T, H, W), compressed ``temporal`` and ``spatial`` fold.
 

@@ -280,7 +280,7 @@ def held(place: epath.PathLike) -> Held:
     missing = [name for name in (WEIGHTS, DESCRIPTION) if not (folder / name).exists()]
     if missing:
         raise FileNotFoundError(
-            f"{folder}: expected what `bring` or a training wrote, found no {' and no '.join(missing)}."
+            f"{folder}: expected what `stvdm import` or a training wrote, found no {' and no '.join(missing)}."
         )
     description = json.loads((folder / DESCRIPTION).read_text())
     kind, dits = description["kind"], {}
