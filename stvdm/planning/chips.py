@@ -38,6 +38,17 @@ CHIPS = {
 DEVICES_PER_CHIP = {"tpu7x": 2}
 
 
+# Slices by size, that are let and that the compiler knows (`tests/planning/test_plan.py`); a v5p or tpu7x has others.
+_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
+SLICES = {
+    "v5e": _FLAT,
+    "v5p": (*_CUBES, "8x8x16", "8x16x16", "16x16x16", "16x16x24"),
+    "v6e": _FLAT,
+    "tpu7x": _CUBES,
+}
+
+
 # What JAX calls the devices of a chip.
 DEVICE_KINDS = {
     "TPU v5 lite": "v5e",

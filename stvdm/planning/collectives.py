@@ -8,10 +8,12 @@ for collective in collectives_of(compiled.as_text(), mesh):
 from __future__ import annotations
 
 import collections
+import functools
 import itertools
 import math
+import operator
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -34,9 +36,32 @@ _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collectiv
 _TYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "token": 0}
 
 _CALLS = re.compile(r" (?:fusion|call|call-start|async-start)\(.*(?:calls|to_apply)=%?([\w.\-]+)")
+_NUMBER = re.compile(r"(?:s|u)\d+\[\]|pred\[\]")  # the type of one whole number
+_SAME = (  # operations that give the number that they get
+    *("bitcast", "convert", "copy", "copy-start", "copy-done", "optimization-barrier", "reshape"),
+    *("async-update", "async-done", "call-done"),
+)
+_WHOLE: dict[str, Callable[..., int]] = {  # what is computed of whole numbers and truths; comparisons by direction
+    **{
+        "LT": operator.lt,
+        "LE": operator.le,
+        "GT": operator.gt,
+        "GE": operator.ge,
+        "EQ": operator.eq,
+        "NE": operator.ne,
+    },
+    **{"add": operator.add, "subtract": operator.sub, "multiply": operator.mul, "negate": operator.neg},
+    **{"minimum": min, "maximum": max, "and": operator.and_, "or": operator.or_},
+    "select": lambda which, one, other: one if which else other,
+}
+MOST_TURNS = 10_000  # a loop that counts longer is not followed to its end
 _IOTA = r"(?:\[([\d,]+)\]<=)?\[([\d,]+)\](?:T\(([\d,]+)\))?"
 _AXIS = r"'([^']+)'(?::\((\d+)\)(\d+))?"
 
+Bodies = dict[str, list[str]]  # name -> lines of each computation
+Numbers = dict[int, int]  # place in a tuple -> number
+Given = Callable[[int, int | None], int | None]  # (parameter, place in it if it is a tuple) -> number, None if unknown
+Read = Callable[[str, int | None], int | None]  # (name, place in it if it is a tuple) -> number, None if unknown
 Counts = dict[tuple[str, tuple[str, ...]], tuple[int, float, bool]]  # (kind, axes) -> num, bytes, exact
 
 
@@ -57,20 +82,29 @@ def collectives_of(hlo: str, mesh: Mesh, *, num_slices: int = 1) -> Iterator[Col
     starts = [_CALLS.search(line) for lines in bodies.values() for line in lines if _is_start(line)]
     started = {_channel(line) for call in filter(None, starts) for line in bodies[call[1]]} - {None}
 
-    def walk(name: str, *, counted: Collection[str | None] = ()) -> Counts:
+    def walk(
+        name: str, given: Given = lambda parameter, place: None, *, counted: Collection[str | None] = ()
+    ) -> Counts:
         found: Counts = {}
+        read = _reader(_definitions(bodies.get(name, [])), given, bodies)
         for line in bodies.get(name, ()):
             loop = re.search(r" while\(.*body=%?([\w.\-]+)", line)
             branches = re.search(r"branch_computations=\{([^}]*)\}", line)
             called = [*re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", line)]
             called = called or ([part.strip().lstrip("%") for part in branches[1].split(",")] if branches else [])
             if loop:
-                turns = _turns(line, bodies[name], bodies)
-                _merge(found, walk(loop[1]), times=turns or 1, exact=turns is not None)
+                turns, stay = _turns(line, read, bodies)
+                _merge(
+                    found,
+                    walk(loop[1], _in_one_tuple(stay)),
+                    times=1 if turns is None else turns,
+                    exact=turns is not None,
+                )
             elif called:
                 _merge(found, max(map(walk, called), key=lambda counts: sum(entry[1] for entry in counts.values())))
             elif inner := _CALLS.search(line):
-                inside = walk(inner[1], counted=() if _is_start(line) else started)
+                given_here = _operands(_operation(line)[1], read)
+                inside = walk(inner[1], given_here, counted=() if _is_start(line) else started)
                 if inner[1].startswith("all-reduce-scatter"):  # a TPU's reduce-scatter: each keeps a part of the sum
                     inside = {
                         ("reduce-scatter" if kind == "all-reduce" else kind, axes): (num, size / 2, exact)
@@ -121,25 +155,84 @@ def _collective(line: str, mesh: Mesh, num_slices: int) -> Counts:
     return {(kind, axes): (1, sent, True)}
 
 
-def _turns(line: str, around: list[str], bodies: dict[str, list[str]]) -> int | None:
-    """How often a loop turns: as the program says, else by what it counts from, by and up to; None if unclear."""
-    if known := re.search(r"known_trip_count[^0-9]*(\d+)", line):
-        return int(known[1])
+def _turns(line: str, read: Read, bodies: Bodies) -> tuple[int | None, Numbers]:
+    """How often a loop turns, and what stays as it is meanwhile: the numbers of its tuple by their place.
+
+    So many times as the program says, else by running what it counts; None if that does not follow from constants. A
+    compiler writes a loop in many ways: what it counts and how it ends may stand in fusions and calls, be copied from
+    one memory to another, be carried along. So no form is looked for: the whole numbers in the loop's tuple are
+    followed turn by turn, until its condition gives false.
+
+    Args:
+      line: the loop's.
+      read: of the computation that it stands in.
+      bodies: all computations.
+    """
+    told = re.search(r"known_trip_count[^0-9]*(\d+)", line)
+    known = int(told[1]) if told else None
     said = re.search(r" while\(%?([\w.\-]+)\), condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
     if not said:
-        return None
-    here, condition, body = (_definitions(lines) for lines in (around, bodies.get(said[2], []), bodies[said[3]]))
-    kind, compared, rest = _operation(condition.get("ROOT", ""))
-    place = re.search(r"index=(\d+)", _operation(condition.get(compared[0], ""))[2]) if compared else None
-    if kind != "compare" or "direction=LT" not in rest or not place:
-        return None
-    _, starts, _ = _operation(here.get(said[1], ""))
-    _, ends, _ = _operation(body["ROOT"])
-    kind, added, _ = _operation(body.get(ends[int(place[1])], ""))
-    numbers = [_constant(body, name) for name in added] if kind == "add" else []
-    step = next((number for number in numbers if number is not None), None)
-    first, end = _constant(here, starts[int(place[1])]), _constant(condition, compared[1])
-    return None if first is None or end is None or not step else -((first - end) // step)
+        return known, {}
+    condition, body = (_definitions(bodies.get(name, [])) for name in said.groups()[1:])
+    places = range(line.count("["))  # no more than there are types in its line
+    now = {i: n for i in places if (n := read(said[1], i)) is not None}
+    stay = dict(now)
+    for turns in range(MOST_TURNS):
+        holds = _reader(condition, _in_one_tuple(now), bodies)("ROOT", None) if known is None else turns < known
+        if holds is None:
+            break
+        if not holds:
+            return turns, stay
+        after = _reader(body, _in_one_tuple(now), bodies)
+        now = {i: n for i in now if (n := after("ROOT", i)) is not None}
+        stay = {i: n for i, n in stay.items() if now.get(i) == n}
+    return known, {}
+
+
+def _reader(here: dict[str, str], given: Given, bodies: Bodies) -> Read:
+    """Tells the whole numbers of a computation, as far as they follow from constants and from what it is called with.
+
+    Args:
+      here: its `_definitions`.
+      given: what it is called with.
+      bodies: all computations.
+    """
+
+    @functools.cache
+    def read(name: str, place: int | None) -> int | None:
+        said = here.get(name, "")
+        kind, operands, rest = _operation(said)
+        if place is None and not _NUMBER.match(said) and not kind.endswith("-start"):
+            return None
+        if kind == "parameter":
+            return given(int(re.findall(r" parameter\((\d+)\)", said)[0]), place)
+        if kind == "constant":
+            value = re.findall(r" constant\(([^)]*)\)", said)[0]
+            return {"true": 1, "false": 0}[value] if value in ("true", "false") else int(value)
+        if kind == "tuple":
+            return read(operands[place], None) if place is not None and place < len(operands) else None
+        if kind == "get-tuple-element":
+            return read(operands[0], int(re.findall(r"index=(\d+)", rest)[0])) if place is None else None
+        if kind in _SAME:
+            return read(operands[0], place)
+        if inner := _CALLS.search(said):
+            return _reader(_definitions(bodies.get(inner[1], [])), _operands(operands, read), bodies)("ROOT", place)
+        direction = re.search(r"direction=(\w+)", rest)
+        compute = _WHOLE.get(direction[1] if direction else kind)
+        numbers = [read(operand, None) for operand in operands] if compute and place is None else [None]
+        return int(compute(*numbers)) if compute and None not in numbers else None
+
+    return read
+
+
+def _in_one_tuple(numbers: Numbers) -> Given:
+    """Of a computation that is called with one tuple, of which these numbers are known."""
+    return lambda parameter, place: None if parameter or place is None else numbers.get(place)
+
+
+def _operands(names: tuple[str, ...], read: Read) -> Given:
+    """Of a computation that is called with these names of another."""
+    return lambda parameter, place: read(names[parameter], place) if parameter < len(names) else None
 
 
 def _definitions(lines: list[str]) -> dict[str, str]:
@@ -157,23 +250,15 @@ def _operation(said: str) -> tuple[str, tuple[str, ...], str]:
     return (found[1], tuple(re.findall(r"%([\w.\-]+)", found[2])), found[3]) if found else ("", (), "")
 
 
-def _constant(definitions: dict[str, str], name: str) -> int | None:
-    said = definitions.get(name, "")
-    if number := re.search(r" constant\((-?\d+)\)", said):
-        return int(number[1])
-    kind, operands, _ = _operation(said)
-    return _constant(definitions, operands[0]) if kind in ("copy", "bitcast") else None
-
-
 def _merge(found: Counts, more: Counts, *, times: int = 1, exact: bool = True) -> None:
     for key, (num, size, is_exact) in more.items():
         had = found.get(key, (0, 0.0, True))
         found[key] = (had[0] + times * num, had[1] + times * size, had[2] and is_exact and exact)
 
 
-def _computations(hlo: str) -> dict[str, list[str]]:
+def _computations(hlo: str) -> Bodies:
     """Name -> lines of each computation of an HLO text; the entry goes by the name "ENTRY"."""
-    bodies: dict[str, list[str]] = collections.defaultdict(list)
+    bodies: Bodies = collections.defaultdict(list)
     current: list[str] = []
     for line in hlo.splitlines():
         head = re.match(r"^(ENTRY )?%?([\w.\-]+) .*\{\s*$", line)

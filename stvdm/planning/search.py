@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from stvdm.models.context_parallel import split_context
-from stvdm.planning.chips import CHIPS, Chip
+from stvdm.planning.chips import CHIPS, SLICES, Chip
+from stvdm.planning.chips import num_devices as devices_of
 from stvdm.planning.report import Json, duration, gib, mesh_text
 
 REMAT = {  # from most memory to least
@@ -57,6 +58,12 @@ class Found(NamedTuple):
     unseen: int  # there were no ``tries`` left
     limit_bytes: float
     state_bytes: float  # weights, average and one moment alone, spread over all devices
+    larger: str  # the smallest slice of this chip that has a mesh and enough memory in all, "" if none fits or has
+
+    @property
+    def least_bytes(self) -> float:
+        """What the leanest program needs; of the state alone, if none was compiled or told."""
+        return min((one.needed_bytes for one in self.tried if one.needed_bytes is not None), default=self.state_bytes)
 
     @property
     def best(self) -> Tried | None:
@@ -141,7 +148,18 @@ def search(
     if refusal and not tried:
         raise refusal  # it is not the meshes
     too_large = len(possible) - len(meshes)
-    return Found(tried, too_large, slower, unseen, limit_bytes, state_bytes / num_devices)
+    found = Found(tried, too_large, slower, unseen, limit_bytes, state_bytes / num_devices, "")
+    if found.best:
+        return found
+    needed = math.ceil(found.least_bytes / limit_bytes) * num_devices
+    name = next(name for name, row in CHIPS.items() if row == chip)
+    larger = (f"{name}:{shape}" for shape in SLICES[name])
+    enough = (where for where in larger if devices_of(where, num_slices=num_slices) >= max(needed, num_devices + 1))
+    has_mesh = (
+        where for where in enough if any(_meshes(config, outline, devices_of(where, num_slices=num_slices), num_slices))
+    )
+    slices = f"{num_slices} x " if num_slices > 1 else ""
+    return found._replace(larger=next((slices + where for where in has_mesh), ""))
 
 
 def edited(config: ConfigDict, mesh: Mapping[str, int], rung: Rung) -> ConfigDict:
@@ -167,16 +185,21 @@ def as_text(found: Found) -> str:
         edits = [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
         edits += [f"--config.model.remat={rung.remat}", f"--config.optimizer.accumulate={rung.accumulate}"]
         return "\n".join([*lines, "the best that fits: " + " ".join(edits)])
-    sizes = [one.needed_bytes for one in found.tried if one.needed_bytes is not None]
-    least = min(sizes, default=found.state_bytes)
-    larger = [name for name, chip in CHIPS.items() if chip.memory_gib * 2**30 >= least]
+    told = any(one.needed_bytes is not None for one in found.tried)
+    larger = [name for name, chip in CHIPS.items() if chip.memory_gib * 2**30 >= found.least_bytes]
     of_those = "of those tried " if found.unseen else ""
-    lines.append(
-        f"none {of_those}fits: the leanest {'' if sizes else 'state '}needs {gib(least)} of {gib(found.limit_bytes)} "
-        f"GiB a device. Take at least {math.ceil(least / found.limit_bytes)} times the devices"
+    named = f"e.g. {found.larger}" if found.larger else "which no slice of this chip with a mesh for this batch has"
+    times = math.ceil(found.least_bytes / found.limit_bytes)
+    lines += [
+        f"none {of_those}fits: the leanest {'' if told else 'state '}needs {gib(found.least_bytes)} of "
+        f"{gib(found.limit_bytes)} GiB a device. Take at least {times} times the devices, {named}"
         + (f", or {' or '.join(larger)}" if larger else "")
-        + ", or fewer frames or pixels."
-    )
+        + ", or fewer frames or pixels.",
+        "That is if all memory were split by so many more: weights, averages and moments are, but what is kept of a "
+        "clip only by more context and tensor, and some of it not at all. So plan that slice too.",
+        f"Looked at were meshes of context up to {LARGEST['context']} and tensor up to {LARGEST['tensor']} in which "
+        "data x fsdp divides the batch; in each the remat policies, and micro-batches down to one clip a device.",
+    ]
     return "\n".join(lines)
 
 

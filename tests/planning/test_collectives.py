@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from stvdm import sharding
+from stvdm.planning import collectives
 from stvdm.planning.collectives import Collective, _axes_of, collectives_of
 
 
@@ -153,33 +154,179 @@ def test_a_loop_without_its_number_of_turns_is_said():
 SUM = f"%s = f32[16] all-reduce(%a), {FSDP}, to_apply=%add"
 
 
-@pytest.mark.parametrize(
-    ("first", "step", "last", "direction", "num", "exact"),
-    [(0, 1, 30, "LT", 30, True), (0, 2, 8, "LT", 4, True), (1, 3, 8, "LT", 3, True), (0, 1, 30, "GT", 1, False)],
-)
-def test_turns_are_those_that_the_loop_counts(first, step, last, direction, num, exact):
-    loop = f"""%c (p: (s32[], f32[16])) -> pred[] {{
-  %end = s32[] constant({last})
-  %i = s32[]{{:T(128)}} get-tuple-element(%p), index=0
-  ROOT %lt = pred[] compare(%i, %end), direction={direction}, metadata={{}}
+def loop_of(condition, turn, first="%c0 = s32[] constant(0)", more="", around=""):
+    """The one collective of a program with a loop over a number and an array, of which some lines are given."""
+    hlo = f"""{more}%c (pc: (s32[], f32[16], s32[])) -> pred[] {{
+  %pc = (s32[]{{:T(128)}}, f32[16], s32[]) parameter(0)
+  %i = s32[]{{:T(128)}} get-tuple-element(%pc), index=0
+  {condition}
 }}
 
-%body (p: (s32[], f32[16])) -> (s32[], f32[16]) {{
-  %i = s32[] get-tuple-element(%p), index=0
-  %a = f32[16] get-tuple-element(%p), index=1
-  %by = s32[]{{:T(128)}} constant({step})
-  %next = s32[]{{:T(128)}} add(%i, %by), metadata={{}}
+%body (pb: (s32[], f32[16], s32[])) -> (s32[], f32[16], s32[]) {{
+  %pb = (s32[], f32[16], s32[]) parameter(0)
+  %i = s32[] get-tuple-element(%pb), index=0
+  %a = f32[16] get-tuple-element(%pb), index=1
+  %far = s32[] get-tuple-element(%pb), index=2
+  {turn}
   {SUM}
-  ROOT %t = (s32[]{{:T(128)}}, f32[16]) tuple(%next, /*index=1*/%s)
+  ROOT %t = (s32[]{{:T(128)}}, f32[16], /*index=2*/s32[]) tuple(%next, %s, /*index=2*/%far)
 }}
 
 """
-    start = (
-        f"%zero = s32[]{{:T(128)}} constant({first})\n  %c1 = s32[] copy(%zero)\n  %t = (s32[], f32[16]) tuple(%c1, %p)"
+    lines = (
+        f"{first}\n  %many = s32[] constant(12)\n  %t = (s32[], f32[16], s32[]) tuple(%c0, %p, %many)\n"
+        "  %x = (s32[], f32[16], s32[]) while(%t), condition=%c, body=%body"
     )
-    (found,) = collective(f"{start}\n  %x = (s32[], f32[16]) while(%t), condition=%c, body=%body", loop)
-    assert (found.num, found.exact) == (num, exact)
+    (found,) = collective(lines, hlo) if not around else collective(around, hlo + lines_of(lines))
+    return found
+
+
+def lines_of(lines):
+    return f"%inside (p: f32[16]) -> f32[16] {{\n  {lines}\n}}\n\n"
+
+
+def compare(last, direction, order="%i, %end"):
+    return f"%end = s32[] constant({last})\n  ROOT %ok = pred[] compare({order}), direction={direction}, metadata={{}}"
+
+
+def step(size, kind="add", order="%i, %by"):
+    return f"%by = s32[]{{:T(128)}} constant({size})\n  %next = s32[]{{:T(128)}} {kind}({order}), metadata={{}}"
+
+
+def start(first):
+    return f"%zero = s32[]{{:T(128)}} constant({first})\n  %c0 = s32[] copy(%zero)"
+
+
+@pytest.mark.parametrize(
+    ("first", "turn", "condition", "num"),
+    [
+        (start(0), step(1), compare(30, "LT"), 30),
+        (start(0), step(2), compare(8, "LT"), 4),
+        (start(1), step(3), compare(8, "LT"), 3),
+        (start(0), step(1), compare(30, "LE"), 31),
+        (start(0), step(1), compare(30, "NE"), 30),
+        (start(29), step(-1), compare(0, "GE"), 30),
+        (start(30), step(1, "subtract"), compare(0, "GT"), 30),
+        (start(0), step(1), compare(30, "GT", "%end, %i"), 30),
+        (start(0), step(1, order="%by, %i"), compare(30, "LT"), 30),
+        (start(0), step(1), compare(30, "GT"), 0),
+    ],
+)
+def test_turns_are_those_that_the_loop_counts(first, turn, condition, num):
+    found = loop_of(condition, turn, first)
+    assert (found.num, found.exact) == (num, True)
     assert found.bytes == num * 1.5 * 64
+
+
+ADDS = """%adds (pa: s32[]) -> s32[] {
+  %pa = s32[] parameter(0)
+  %one = s32[] constant(1)
+  ROOT %sum = s32[] add(%pa, %one)
+}
+
+"""
+COMPARES = """%compares (pc0: s32[], pc1: s32[]) -> pred[] {
+  %pc0 = s32[] parameter(0)
+  %pc1 = s32[] parameter(1)
+  ROOT %less = pred[] compare(%pc1, %pc0), direction=LT
+}
+
+"""
+
+
+@pytest.mark.parametrize(
+    ("turn", "condition", "more"),
+    [
+        ("%next = s32[] fusion(%i), kind=kLoop, calls=%adds", compare(12, "LT"), ADDS),
+        ("%n = s32[] call(%i), to_apply=%adds\n  %next = s32[] copy(%n)", compare(12, "LT"), ADDS),
+        (
+            step(1),
+            "%end = s32[] constant(12)\n  ROOT %ok = pred[] fusion(%end, %i), kind=kLoop, calls=%compares",
+            COMPARES,
+        ),
+        (  # the limit goes along
+            step(1),
+            "%end = s32[] get-tuple-element(%pc), index=2\n  ROOT %ok = pred[] compare(%i, %end), direction=LT",
+            "",
+        ),
+        (  # by way of another memory
+            "%by = s32[] constant(1)\n  %n = s32[]{:S(6)} add(%i, %by)\n"
+            "  %b = (s32[], s32[]{:S(6)}, u32[]) copy-start(%n)\n  %next = s32[] copy-done(%b)",
+            compare(12, "LT"),
+            "",
+        ),
+        (  # beside the arithmetic
+            "%b = ((s32[]), s32[], s32[]) async-start(%i), calls=%adds\n  %next = s32[] async-done(%b)",
+            compare(12, "LT"),
+            ADDS,
+        ),
+        (
+            step(1),
+            "%end = s32[] constant(12)\n  %more = pred[] compare(%i, %end), direction=LT\n"
+            "  %yes = pred[] constant(true)\n  ROOT %ok = pred[] and(%more, %yes)",
+            "",
+        ),
+    ],
+)
+def test_what_a_loop_counts_may_be_written_in_many_ways(turn, condition, more):
+    found = loop_of(condition, turn, more=more)
+    assert (found.num, found.exact) == (12, True)
+
+
+def test_a_loop_is_followed_into_what_calls_it():
+    """Where it starts may be told to the computation that it stands in, or to a loop around it."""
+    found = loop_of(
+        compare(30, "LT"),
+        step(1),
+        "%p = (s32[], f32[16]) parameter(0)\n  %c0 = s32[] get-tuple-element(%p), index=0",
+        around="%from = s32[] constant(10)\n  %both = (s32[], f32[16]) tuple(%from, %p)\n"
+        "  %x = f32[16] call(%both), to_apply=%inside",
+    )
+    assert (found.num, found.exact) == (20, True)
+
+
+def test_loops_within_loops_multiply_and_share_what_stays():
+    inner = """%ci (pci: (s32[], s32[])) -> pred[] {
+  %pci = (s32[], s32[], f32[16]) parameter(0)
+  %j = s32[] get-tuple-element(%pci), index=0
+  %end = s32[] get-tuple-element(%pci), index=1
+  ROOT %less = pred[] compare(%j, %end), direction=LT
+}
+
+%bi (pbi: (s32[], s32[])) -> (s32[], s32[]) {
+  %pbi = (s32[], s32[], f32[16]) parameter(0)
+  %j = s32[] get-tuple-element(%pbi), index=0
+  %end = s32[] get-tuple-element(%pbi), index=1
+  %a = f32[16] get-tuple-element(%pbi), index=2
+  %one = s32[] constant(1)
+  %k = s32[] add(%j, %one)
+  SUM
+  ROOT %ti = (s32[], s32[], f32[16]) tuple(%k, %end, %s)
+}
+
+""".replace("SUM", SUM)
+    within = (
+        "\n  %zero = s32[] constant(0)\n  %ti = (s32[], s32[], f32[16]) tuple(%zero, {}, %a)\n"
+        "  %w = (s32[], s32[], f32[16]) while(%ti), condition=%ci, body=%bi"
+    )
+    found = loop_of(compare(5, "LT"), step(1) + within.format("%far"), more=inner)
+    assert (found.num, found.exact) == (5 * 12 + 5, True)
+    found = loop_of(compare(5, "LT"), step(1) + within.format("%i"), more=inner)  # 0, 1, 2, ... turns: not followed
+    assert (found.num, found.exact) == (5 * 1 + 5, False)
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        "%far = f32[] get-tuple-element(%pc), index=1\n  ROOT %ok = pred[] compare(%far, %far), direction=LT",
+        compare(30, "LT").replace("constant(30)", "custom-call()"),
+        compare(-1, "NE"),  # without an end
+    ],
+)
+def test_a_loop_that_counts_nothing_known_is_said(condition, monkeypatch):
+    monkeypatch.setattr(collectives, "MOST_TURNS", 100)
+    found = loop_of(condition, step(1))
+    assert (found.num, found.exact) == (1, False)
 
 
 def test_a_gather_in_pieces_is_one_gather():

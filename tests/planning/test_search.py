@@ -92,7 +92,28 @@ def test_if_none_fits_it_says_what_would_be_needed():
     assert found.best is None
     text = search.as_text(found)
     assert "none fits: the leanest needs 50.00 of 15.75 GiB a device" in text
-    assert "at least 4 times the devices, or v5p or tpu7x" in text
+    assert "at least 4 times the devices, e.g. v5e:8x8, or v5p or tpu7x" in text
+    assert "That is if all memory were split" in text and "context up to 16 and tensor up to 8" in text
+    json.dumps(found.to_json(), allow_nan=False)
+
+
+def test_the_slice_that_is_named_exists_and_has_a_mesh():
+    named = [found_with(lambda config, n=n: n * 15.0, tries=1000)[0].larger for n in (1, 3, 30)]
+    assert named == ["", "v5e:8x8", ""]  # it fits; 48 devices are none; 480 are too many for it
+    two = search.search(
+        wide_dit(), OUTLINE, chip=CHIPS["v5p"], num_devices=16, num_slices=2, tries=1000,
+        ask=compiler(lambda config: 150.0)[0], arithmetic=arithmetic,
+    )  # fmt: skip
+    assert two.larger == "2 x v5p:2x2x4"
+    one_clip = {**OUTLINE, "clips": [{"batch": 1, "tokens": 32_760, "latent": (21, 60, 104)}]}
+    config = wide_dit()
+    config.data.buckets = ((81, 480, 832, 1, 1.0),)
+    alone = search.search(
+        config, one_clip, chip=CHIPS["v5e"], num_devices=16, tries=1000, ask=compiler(lambda config: 99.0)[0],
+        arithmetic=arithmetic,
+    )  # fmt: skip
+    assert alone.larger == "", "context 16 x tensor 4 are 64 devices; a batch of one clip has no use for 112"
+    assert "which no slice of this chip with a mesh for this batch has" in search.as_text(alone)
 
 
 def test_a_state_that_cannot_fit_is_not_compiled():
