@@ -2,11 +2,7 @@
 """A model as StableHLO: its networks as programs that run where there is neither stvdm nor Flax.
 
     stablehlo.write("runs/dit", "OUT")              # for clips as it was trained on; or size=(81, 480, 832)
-
-    from jax import export
-    from safetensors.numpy import load_file
-    velocity = export.deserialize(bytearray(open("OUT/velocity.jax", "rb").read()))
-    v_Bthwz = velocity.call(load_file("OUT/dit.safetensors"), latent_Bthwz=x, time_B=t, text_BSE=text, ...)
+    python OUT/example.py "a red ball bounces"      # samples with them, and shows all that it takes
 
 | program | weights | what it gives |
 |---|---|---|
@@ -49,7 +45,7 @@ Tree = Any
 Size3 = tuple[int, int, int]
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-PROGRAMS = "programs.json"
+PROGRAMS, EXAMPLE = "programs.json", "example.py"
 _WAN_CLIP, _WAN_WORDS, _WAN_IMAGE = (
     (81, 480, 832),
     512,
@@ -112,10 +108,18 @@ def write(
         params = {found: jax.ShapeDtypeStruct(source.shapes[found], kind) for found in names}
         about = _exported(out / f"{name}.jax", program, params)
         said[name] = {"file": f"{name}.jax", "weights": files[program.weights], **about}
-    whole = {"programs": said, "platforms": PLATFORMS, "jax": jax.__version__, "config": description.get("config")}
+    settings = description.get("config")
+    whole = {"programs": said, "platforms": PLATFORMS, "jax": jax.__version__, "config": settings}
+    beside = [PROGRAMS]
+    if {"text", "velocity"} <= said.keys():
+        coder = pipeline.autoencoder_of(description["autoencoder"])
+        latent_thw = coder.latent_shape(size or pipeline.largest_clip(settings))
+        whole["shift"] = settings["sample"]["shift"] or pipeline.shift_of(latent_thw, coder, settings)
+        (out / EXAMPLE).write_text(_EXAMPLE)
+        beside.append(EXAMPLE)
     (out / PROGRAMS).write_text(json.dumps(whole, indent=1) + "\n")
     everything = [about["file"] for about in said.values()] + [file for some in files.values() for file in some]
-    return [str(out / file) for file in (*everything, PROGRAMS)]
+    return [str(out / file) for file in (*everything, *beside)]
 
 
 def _exported(path: epath.Path, program: Program, params: dict[str, Any]) -> dict[str, Any]:
@@ -258,3 +262,72 @@ def _decoder(
         "decode_first": whole(latent, outputs),
         "decode_next": whole(latent | {"remembered": remembered}, outputs),
     }
+
+
+_EXAMPLE = '''"""A clip by these programs alone: python example.py "a red ball bounces" [SEED]
+
+jax, numpy and safetensors are enough.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax import export
+from safetensors.numpy import load_file
+
+HERE = Path(__file__).parent
+ABOUT = json.loads((HERE / "programs.json").read_text())
+SAMPLE, TEXT = ABOUT["config"]["sample"], ABOUT["config"]["text"]
+
+
+def program(name):
+    """It takes its weights by their names, and inputs by theirs."""
+    said = ABOUT["programs"][name]
+    call = export.deserialize(bytearray((HERE / said["file"]).read_bytes())).call
+    weights = {key: array for file in said["weights"] for key, array in load_file(HERE / file).items()}
+    return lambda **inputs: call(weights, **inputs)
+
+
+def numbers(prompt):
+    """Words by their place in the vocabulary, from 3 on; 1 begins every prompt, 0 fills it up."""
+    found = [1, *(3 + TEXT["words"].index(word) for word in re.findall(r"[a-z0-9]+", prompt.lower()))]
+    tokens_BS = np.array([found + [0] * (TEXT["max_tokens"] - len(found))], np.int32)
+    return dict(tokens_BS=tokens_BS, mask_BS=tokens_BS != 0)
+
+
+def main(prompt, seed=0):
+    velocity, inputs = program("velocity"), ABOUT["programs"]["velocity"]["inputs"]
+    size = [int(number) for number in re.findall(r"\\d+", inputs["latent_Bthwz"].partition("[")[2])]
+    x = np.asarray(jax.random.normal(jax.random.key(int(seed)), size))[None]
+    known = {}
+    if "known_BN" in inputs:  # tokens of a first frame that is given: here none
+        known["known_BN"] = np.zeros((1, int(re.findall(r"\\d+", inputs["known_BN"])[-1])), bool)
+
+    told = []  # what guidance leads to, and away from
+    read = program("text")
+    for words in (numbers(prompt), numbers(SAMPLE.get("negative", ""))):
+        told.append(dict(text_BSE=np.asarray(read(**words)), mask_BS=words["mask_BS"], **known))
+
+    times = np.linspace(1, 0, SAMPLE["steps"] + 1)
+    times = ABOUT["shift"] * times / (1 + (ABOUT["shift"] - 1) * times)
+    for now, then in zip(times, times[1:]):  # Euler; the velocity leads from the clip to noise
+        to, away = (velocity(latent_Bthwz=x, time_B=np.float32([now]), **part) for part in told)
+        x = x + np.float32(then - now) * (np.asarray(away) + SAMPLE["guidance"] * np.asarray(to - away))
+
+    video, remembered = program("decode_first")(latent_B1hwz=x[:, :1])
+    frames, decode_next = [video], program("decode_next")
+    for t in range(1, x.shape[1]):
+        video, remembered = decode_next(latent_B1hwz=x[:, t : t + 1], remembered=remembered)
+        frames.append(video)
+    clip = np.clip(np.round((np.concatenate(frames, axis=1)[0] + 1) * 127.5), 0, 255).astype(np.uint8)
+    np.save("clip.npy", clip)
+    print("clip.npy: bytes (T, H, W, 3) =", clip.shape)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+'''

@@ -55,7 +55,7 @@ def apart(one, other):
 def test_a_trained_model_runs_elsewhere(tiny_model, tmp_path):
     files = stablehlo.write(tiny_model, tmp_path / "out")
     names = "velocity.jax dit.safetensors text.jax text.safetensors"
-    names += " decode_first.jax decoder.safetensors decode_next.jax programs.json"
+    names += " decode_first.jax decoder.safetensors decode_next.jax programs.json example.py"
     assert sorted(files) == sorted(str(tmp_path / "out" / name) for name in names.split())
     said = json.loads((tmp_path / "out" / "programs.json").read_text())["programs"]
     remembered = said["decode_next"]["inputs"]["remembered"]
@@ -93,6 +93,16 @@ def test_a_trained_model_runs_elsewhere(tiny_model, tmp_path):
     video = here.autoencoder.apply({"params": here.params["autoencoder"]}, raw, method="decode")
     assert apart(there["decode_first"]["video_BTHWC"], video[:, :1]) < 1e-5
     assert apart(there["decode_next"]["video_BTHWC"], video[:, 1:]) < 1e-5
+
+
+def test_the_example_samples_as_the_pipeline_does(tiny_model, tmp_path):
+    stablehlo.write(tiny_model, tmp_path)
+    command = [sys.executable, tmp_path / "example.py", "a red ball", "5"]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    here = Pipeline.load(tiny_model).generate(["a red ball"], seed=5, sampler="euler")
+    there = np.load(tmp_path / "clip.npy")
+    assert there.shape == here.videos[0].shape and there.std() > 1
+    assert np.abs(there.astype(int) - here.videos[0]).max() <= 1
 
 
 @pytest.mark.parametrize("case", ["t2v", "i2v"])
