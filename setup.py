@@ -43,6 +43,7 @@ setup(
     ],
     extras_require={
         "ablate": ["matplotlib>=3.9"],
+        "hub": ["huggingface_hub>=0.30"],  # weights by their OWNER/NAME
         "notebooks": ["ipykernel>=6.29", "matplotlib>=3.9"],
         "tpu": ["jax[tpu]>=0.10.2,<0.13", "gcsfs"],
         "cuda": ["jax[cuda12]>=0.10.2,<0.13"],

@@ -66,6 +66,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstvdm: interrupted", file=sys.stderr)
         return _left(130)
+    except BrokenPipeError:  # what reads the output, e.g. head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains as it ends
+        return _left(141)
+    except RuntimeError as error:  # of which JAX's are
+        if args.debug or "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(
+            f"stvdm: error: this does not fit into the device's memory: {str(error).splitlines()[0]}\n"
+            "Make clips or batches smaller (--config.data.buckets), compute more of them again "
+            "(--config.model.remat=everything), or average micro-batches (--config.optimizer.accumulate).",
+            file=sys.stderr,
+        )
+        return _left(2)
     except (ValueError, OSError, FloatingPointError, ImportError) as error:  # of imports, e.g. gcsfs, for gs://
         if args.debug:
             raise

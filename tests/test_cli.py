@@ -34,7 +34,7 @@ def test_values_out_of_range_are_refused_before_anything_is_loaded(words, capsys
 
 
 def test_a_mistyped_flag_names_its_neighbour(failure):
-    assert "--guidence=2: no such argument; did you mean --guidance?" in failure("generate", "x", "--guidence=2")
+    assert "--guidence=2: no such argument; did you mean --guidance " in failure("generate", "x", "--guidence=2")
 
 
 @pytest.mark.parametrize(
@@ -52,6 +52,12 @@ def test_overrides_that_mean_nothing_are_refused(config_file, calls, override, s
     assert not calls
 
 
+def test_whoever_reads_the_output_may_stop():
+    command = f"{shlex.quote(sys.executable)} -m stvdm.cli ablate --list | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.stdout.startswith("attention: ") and "rror" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("error", "status"),
     [
@@ -59,6 +65,7 @@ def test_overrides_that_mean_nothing_are_refused(config_file, calls, override, s
         (FileNotFoundError("no such file"), 2),
         (OSError("no route to the disk"), 1),
         (FloatingPointError("not finite"), 65),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."), 2),
     ],
 )
 def test_the_status_says_whether_it_is_worth_another_try(config_file, stand_in, capsys, error, status):

@@ -148,9 +148,10 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
     """
     file = Path(path) / "metadata.json"
     if not file.is_file():
+        there = "one that is not all written" if Path(path).exists() else "no such directory"
         raise ValueError(
-            f"path={str(path)!r}: expected a directory with metadata.json, so finish writing it "
-            "(`stvdm preprocess` goes on where it stopped)"
+            f"path={str(path)!r}: expected a directory with metadata.json, found {there}; "
+            f"`stvdm preprocess --config=... --checkpoint=... --out={path}` writes it, and goes on where it stopped"
         )
     metadata = json.loads(file.read_text("utf-8"))
     if metadata["version"] != VERSION:

@@ -38,6 +38,7 @@ from stvdm.sampling.pipeline import Pipeline, Result, to_model_range
 
 HIGHER_IS_BETTER = (*physics.RIGHT_OR_WRONG, "all_right", "colour_constancy")
 OF_THE_PROMPT = (*physics.PROMPT, "all_right")  # items that a clip can only get right by reading its prompt, or by luck
+FEW_OF_A_SET = 100  # clips: distances of fewer are told with a warning
 LEAST_OF_A_SET = 3  # clips: of as many or fewer there are no distances
 LOSS_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels at which `flow_loss` is taken
 
@@ -395,6 +396,8 @@ def as_text(report: dict[str, Any]) -> str:
     lines.append("mean |frame-to-frame change|: " + ", ".join(f"{k} {v:.4f}" for k, v in report["flicker"].items()))
     for score, cells in report.get("distances", {}).items():
         lines.append(f"{score}: " + ", ".join(f"{name} {value:.4g}" for name, value in cells.items()))
+    if report.get("distances") and report["conditions"]["num"] < FEW_OF_A_SET:
+        lines.append(f"distances of {report['conditions']['num']} clips say little; take 200 or more")
     return "\n".join(lines)
 
 

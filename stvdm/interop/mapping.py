@@ -207,7 +207,7 @@ def folder_of(place: epath.PathLike) -> epath.Path:
     except ImportError as error:
         raise ImportError(
             f"{place}: there is no such folder, and to bring it from the hub takes huggingface_hub: "
-            "pip install huggingface_hub"
+            "pip install huggingface_hub, or stvdm's extra [hub]"
         ) from error
     return epath.Path(
         huggingface_hub.snapshot_download(str(place), allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"])
