@@ -101,6 +101,18 @@ def backward(
     return dq, dk, dv
 
 
+def share_computed(pattern: Pattern) -> float:
+    """Of all pairs of tokens, those that "splash" computes where all are on one device: those of whole blocks.
+
+    A window sees few of a block's pairs, and blocks are runs of tokens in raster order: at 21 x 30 x 52 tokens a
+    window of (1, 4, 4) sees 0.6 % of all pairs and touches blocks with 16 % of them. On a ring it is no less.
+    """
+    if pattern.falls_apart:
+        return pattern.share
+    n = pattern.num_tokens
+    return pattern.computed(_splash_block(n) if n > SHORT else n)
+
+
 def merge(one: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """The (out_BnAd, lse_BAn) over two sets from those of each."""
     lse = jnp.logaddexp(one[1], other[1])

@@ -25,6 +25,8 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from stvdm import shapes
 
 PATTERNS = ("full", "frame", "time", "window", "block_causal")
@@ -70,6 +72,19 @@ class Pattern:
     def share(self) -> float:
         """Of all pairs of tokens, those that are seen."""
         return shapes.attention_pairs(self.grid, self.kind, window=self.window) / self.num_tokens**2
+
+    def computed(self, block: int) -> float:
+        """Of all pairs of tokens, those in blocks that `touches` keeps: what a kernel computes that skips the others.
+
+        Args:
+          block: tokens of a block, of queries as of keys, in the order of their numbers. What the last one is filled
+            up with is not counted.
+        """
+        first = np.arange(0, self.num_tokens, block)
+        sizes = np.minimum(block, self.num_tokens - first)
+        q_first, k_first = first[:, None], first[None, :]
+        touched = self.touches(q_first, q_first + block - 1, k_first, k_first + block - 1)
+        return float((touched * sizes[:, None] * sizes[None, :]).sum()) / self.num_tokens**2
 
     def sees(self, query: Any, key: Any) -> Any:
         """True where the query of one number may look at the key of the other; the two broadcast."""

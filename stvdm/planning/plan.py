@@ -13,8 +13,11 @@ arguments and temporaries that it reports may be more, as buffers that loops pas
 some hundredths: with nothing to spare, spare more.
 
 The bound is a roofline: the step takes no less time than its arithmetic, its memory traffic or its communication would
-alone, at the peaks of `CHIPS`. A real step is slower. What remat "offload" sends to the host's memory is not in it: no
-peak of that link is published. Nothing here has been compared with a real chip.
+alone, at the peaks of `CHIPS`. The arithmetic is that of the whole blocks of attention that a TPU's kernel computes,
+not of the pairs that are seen (which model FLOPs are). The memory traffic is the state, the batch and what else goes
+into the program and comes out of it, read and written once: activations and what is read twice are not in it. A real
+step is slower. What remat "offload" sends to the host's memory is not in it: no peak of that link is published. Nothing
+here has been compared with a real chip.
 
     report = make(config, autoencoder_settings, topology="v5p:4x4x4")        # JSON, which `report.as_text` reads
 """
@@ -38,7 +41,9 @@ from ml_collections import ConfigDict
 
 from stvdm import config as base
 from stvdm import shapes, sharding
+from stvdm.models import attention_kernels
 from stvdm.models.autoencoder3d import Autoencoder
+from stvdm.models.patterns import Pattern
 from stvdm.planning import chips
 from stvdm.planning.chips import CHIPS, Topology
 from stvdm.planning.collectives import BETWEEN_SLICES, Collective, collectives_of
@@ -84,6 +89,8 @@ class Clip(NamedTuple):
     grid: tuple[int, int, int]
     batch: int
     weight: float
+    patterns: tuple[dict[str, Any], ...]  # of a transformer's attention: `_pairs` of each that it has
+    other_grouping: dict[str, Any]  # `_other_grouping`
 
     @property
     def tokens(self) -> int:
@@ -98,7 +105,8 @@ class Outline:
     clips: tuple[Clip, ...]
     latent_channels: int
     parameters: dict[str, int]  # by part
-    step_flops: dict[str, float]  # of a whole step, all devices, by part; the first bucket
+    step_flops: dict[str, float]  # of a whole step, all devices, by part; the first bucket; at the pairs that are seen
+    block_flops: dict[str, float]  # the same at the pairs that a TPU's kernel computes
     model_flops: float
     state_bytes: int  # one copy of what a run keeps from step to step: weights that are trained, averages, moments
     frozen_bytes: int  # and of what it reads and leaves as it is
@@ -125,19 +133,57 @@ def outline(config: ConfigDict, coder: Autoencoder) -> Outline:
     clips = []
     for T, H, W, batch, weight in config.data.buckets:
         latent = coder.latent_shape((T, H, W))
-        clips.append(Clip((T, H, W), latent, shapes.token_grid(latent, patch), batch, weight))
+        grid, other = shapes.token_grid(latent, patch), _other_grouping(coder, (T, H, W), patch)
+        patterns = tuple(_pairs(pattern) for pattern in _patterns(config, grid))
+        clips.append(Clip((T, H, W), latent, grid, batch, weight, patterns, other))
     params = jax.eval_shape(program.init)
-    step = count_flops(program.step, *arguments)
+    step = blocks = count_flops(program.step, *arguments)
+    skipping = [pattern for pattern in _patterns(config, clips[0].grid) if not pattern.falls_apart]
+    computed = {f"{pattern.share:.6f}": attention_kernels.share_computed(pattern) for pattern in skipping}
+    if any(f"{share:.6f}" != seen for seen, share in computed.items()):
+        blocks = count_flops(program.step, *arguments, computed=computed)
     return Outline(
         kind=config.kind,
         clips=tuple(clips),
         latent_channels=coder.latent_channels,
         parameters=parameters_by_part(params),
         step_flops=step,
+        block_flops=blocks,
         model_flops=program.work(arguments[1])["flops"],
         state_bytes=_bytes(arguments[0]),
         frozen_bytes=_bytes(arguments[2:]),
     )
+
+
+def _patterns(config: ConfigDict, grid: shapes.Size3) -> list[Pattern]:
+    """Of a transformer's attention, each once."""
+    if config.kind != "dit" or config.model.network != "dit":
+        return []
+    return [Pattern(kind, grid, tuple(config.model.window)) for kind in dict.fromkeys(config.model.attention)]
+
+
+def _pairs(pattern: Pattern) -> dict[str, Any]:
+    """A layer's pairs: of the tokens that see each other, and of the blocks that a TPU's kernel computes for them."""
+    everything = pattern.num_tokens**2
+    computed = round(attention_kernels.share_computed(pattern) * everything)
+    return {"pattern": pattern.kind, "seen": round(pattern.share * everything), "computed": computed, "all": everything}
+
+
+def _other_grouping(coder: Autoencoder, video: shapes.Size3, patch: shapes.Size3) -> dict[str, Any]:
+    """What the other grouping of time would make of a clip that has, if need be, one frame more or less.
+
+    The grid is None, and the tokens are, where the latent is no whole number of patches.
+    """
+    other: shapes.Grouping = "uniform" if coder.grouping == "causal" else "causal"
+    frames, height, width = video
+    if coder.temporal > 1:  # 4k + 1 frames are 4k, and 4k are 4k + 1
+        frames = max(coder.temporal, frames - 1) if other == "uniform" else frames + 1
+    video = (frames, height, width)
+    latent = shapes.latent_shape(video, temporal=coder.temporal, spatial=coder.spatial, grouping=other)
+    whole = all(size % p == 0 for size, p in zip(latent, patch, strict=True))
+    grid = shapes.token_grid(latent, patch) if whole else None
+    tokens = math.prod(grid) if grid else None
+    return {"grouping": other, "video": video, "latent": latent, "grid": grid, "tokens": tokens}
 
 
 def _bytes(tree: Tree) -> int:
@@ -207,7 +253,9 @@ class Fit:
     temporary_bytes: float | None  # of the compiler's sum, in which some of a loop's buffers stand twice
     collectives: tuple[Collective, ...]
     model_flops: float  # per device
-    bounds: dict[str, float]  # the least time of a step for its arithmetic, memory, links and network, each alone
+    # The least time of a step for each of these alone: arithmetic, of `Outline.block_flops`; memory, the state and the
+    # batch read and written once, without activations; links; network.
+    bounds: dict[str, float]
     chip: dict[str, Any]  # the peaks of a device, and where they are published
     compile_seconds: float
     compile_cpu_seconds: float  # of all threads: what stays the same on a busy machine
@@ -292,8 +340,8 @@ def compiled(config: ConfigDict, coder: Autoencoder, where: Topology, plan: Outl
         temporary_bytes=float(memory.temp_size_in_bytes),
         collectives=collectives,
         bounds={
-            "arithmetic": chips.arithmetic_seconds(plan.step_flops, chip, matmul) / len(where.devices),
-            "memory": (argument + output) / chip.memory_bandwidth,  # what goes in and comes out, once
+            "arithmetic": chips.arithmetic_seconds(plan.block_flops, chip, matmul) / len(where.devices),
+            "memory": (argument + output) / chip.memory_bandwidth,  # the state and the batch, once
             "links": links / chip.link_bandwidth,
             "network": network / chip.network_bandwidth,
         },

@@ -83,7 +83,7 @@ class Planner:
         def arithmetic(remat: str) -> float:
             edited = self.config.copy_and_resolve_references()
             edited.model.remat = remat
-            return chips.arithmetic_seconds(self.outline(edited)["step_flops"], chip, matmul)
+            return chips.arithmetic_seconds(self.outline(edited)["block_flops"], chip, matmul)
 
         return search_lib.search(
             self.config,

@@ -41,9 +41,10 @@ def as_text(report: Json) -> str:
                 f"factorised {pairs['factorised']:,} ({pairs['full'] / pairs['factorised']:.1f} times fewer)"
             )
         lines.append(f"{line}; batch {clip['batch']}")
-    if len(lines) > 1:
+        lines += [f"  {told}" for told in (*_patterns(clip), _other_grouping(clip, report["kind"]))]
+    if len(report["clips"]) > 1:
         lines.append("of these the first, the largest, is what follows:")
-    total, flops = sum(report["parameters"].values()), sum(report["step_flops"].values())
+    total, flops, blocks = (sum(report[name].values()) for name in ("parameters", "step_flops", "block_flops"))
     lines.append(f"parameters: {short(total)}: " + _shares(report["parameters"], total))
     if "state_bytes" in report:  # plans that were kept from before do not say
         lines.append(
@@ -54,9 +55,32 @@ def as_text(report: Json) -> str:
         f"a step: {short(flops)}FLOP, of these {short(report['model_flops'])} of the model: "
         + _shares(report["step_flops"], flops)
     )
+    if report["block_flops"] != report["step_flops"]:
+        lines.append(f"  with the whole blocks of attention that a TPU computes: {short(blocks)}FLOP")
     if report.get("compiled"):
         lines += _compiled(with_cost(report)["compiled"])
     return "\n".join(lines)
+
+
+def _patterns(clip: Json) -> list[str]:
+    """What the patterns of a clip's attention see, and what is computed for it; nothing of those where all see all."""
+    return [
+        f"'{pairs['pattern']}' attention sees {pairs['seen']:,} pairs a layer, {pairs['seen'] / pairs['all']:.2%} of "
+        f"all; a TPU computes whole blocks, {pairs['computed']:,} pairs, {pairs['computed'] / pairs['all']:.1%} of all"
+        for pairs in clip["patterns"]
+        if pairs["pattern"] != "full"
+    ]
+
+
+def _other_grouping(clip: Json, kind: str) -> str:
+    other = clip["other_grouping"]
+    video, latent = ("x".join(map(str, other[name])) for name in ("video", "latent"))
+    line = f"in the other grouping of time, {other['grouping']}: {video} -> {latent}"
+    if kind != "dit":
+        return line
+    if other["grid"] is None:
+        return f"{line}, no whole number of patches"
+    return f"{line} -> {other['tokens']:,} tokens ({'x'.join(map(str, other['grid']))})"
 
 
 def _compiled(fit: Json) -> list[str]:
@@ -82,11 +106,14 @@ def _compiled(fit: Json) -> list[str]:
             f"  {collective['kind']} over {over}: {least}{collective['num']} a step, "
             f"{short(collective['bytes'])}B sent by a device"
         )
+    if not _is_exact(fit):
+        lines.append("  'at least': in loops whose turns do not follow from the program, of which one turn counts here")
     bounds = ", ".join(f"{name} {duration(seconds)}" for name, seconds in fit["bounds"].items() if seconds)
     lines.append(
         f"  no step is shorter than {duration(fit['step_seconds'])} ({bounds}); at that, MFU {fit['utilisation']:.0%}"
         + (" of bfloat16's peak" if fit["matmul"] else "")
     )
+    lines.append("  memory is there for the state and the batch, read and written once; activations are not in it")
     rounded = chip["eight_bit_flops"].get(fit["matmul"])
     eight_bit = f"{short(rounded)}op/s in {fit['matmul']}, " if rounded else ""
     lines.append(
@@ -109,7 +136,20 @@ COLUMNS = (
 def as_table(reports: Mapping[str, Json]) -> str:
     """Compiled plans by name, as a Markdown table; times are bounds that no real step is below."""
     rows = [COLUMNS, ("---",) * len(COLUMNS), *(_cells(name, report) for name, report in reports.items())]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    if not all(_is_exact(report["compiled"]) for report in reports.values()):
+        lines += [
+            "",
+            f"{INEXACT} Some transfers are in loops whose turns do not follow from the program: they count once.",
+        ]
+    return "\n".join(lines)
+
+
+INEXACT = "(≥)"  # beside a least step that leaves out what is sent in some turns of loops
+
+
+def _is_exact(fit: Json) -> bool:
+    return all(collective["exact"] for collective in fit["collectives"])
 
 
 def _cells(name: str, report: Json) -> tuple[str, ...]:
@@ -133,7 +173,8 @@ def _cells(name: str, report: Json) -> tuple[str, ...]:
     hours = f"{fit['chip_hours_of_1000_clips']:.3g}"
     if "cost_of_1000_clips" in fit:
         hours += f" ({fit['cost_of_1000_clips']:.3g} at {fit['price_of_chip_hour']:g})"
-    return (*left, f"{fit['step_seconds']:.3g} s", f"{fit['utilisation']:.0%}", hours)
+    least = f"{fit['step_seconds']:.3g} s" + ("" if _is_exact(fit) else f" {INEXACT}")
+    return (*left, least, f"{fit['utilisation']:.0%}", hours)
 
 
 def chip_hours(fit: Json, *, batch: int) -> float:

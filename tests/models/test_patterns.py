@@ -27,6 +27,24 @@ def test_a_block_that_is_not_touched_holds_nothing_that_is_seen(kind, size):
         assert kept < 0.6 * total, "a pattern with gaps leaves blocks out"
 
 
+@pytest.mark.parametrize("kind", PATTERNS)
+@pytest.mark.parametrize("size", [1, 7, 16])
+def test_what_is_computed_is_what_blocks_touch(kind, size):
+    pattern = Pattern(kind, GRID, WINDOW)
+    pairs = 0
+    for q, k in itertools.product(range(0, N, size), range(0, N, size)):
+        if pattern.touches(q, q + size - 1, k, k + size - 1):
+            pairs += (min(q + size, N) - q) * (min(k + size, N) - k)
+    assert pattern.computed(size) == pytest.approx(pairs / N**2)
+    assert pattern.computed(size) >= pattern.share
+    assert Pattern("full", GRID).computed(size) == 1.0
+
+
+def test_a_window_in_blocks_of_512_tokens():
+    pattern = Pattern("window", (21, 30, 52), (1, 4, 4))
+    assert (round(pattern.share, 4), round(pattern.computed(512), 3)) == (0.0064, 0.164)
+
+
 def test_blocks_are_told_all_at_once():
     pattern = Pattern("window", GRID, WINDOW)
     first = 8 * np.arange(8)

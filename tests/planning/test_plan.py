@@ -60,6 +60,50 @@ def test_the_first_frame_alone(frames, latents):
     assert clip["tokens"] == latents * 30 * 52
 
 
+@pytest.mark.parametrize(
+    ("grouping", "frames", "latents", "other"),
+    [("uniform", 120, 30, (121, 31)), ("causal", 81, 21, (80, 20)), ("causal", 1, 1, (4, 1))],
+)
+def test_both_groupings_of_time_are_told(grouping, frames, latents, other):
+    config = small_dit()
+    config.data.buckets = ((frames, 512, 512, 1, 1.0),)
+    made = plan.outline(config, CODER.clone(grouping=grouping)).to_json()
+    (clip,) = made["clips"]
+    assert (clip["latent"], clip["tokens"]) == ((latents, 64, 64), latents * 1024)
+    told = clip["other_grouping"]
+    assert (told["video"][0], told["latent"], told["tokens"]) == (other[0], (other[1], 64, 64), other[1] * 1024)
+    said = report.as_text({**made, "compiled": None})
+    assert f"{told['grouping']}: {other[0]}x512x512 -> {other[1]}x64x64 -> {other[1] * 1024:,} tokens" in said
+    config.model.patch = (2, 2, 2)
+    if grouping == "uniform":  # 31 are no whole number of patches
+        (clip,) = plan.outline(config, CODER).to_json()["clips"]
+        assert clip["tokens"] == 15 * 1024 and clip["other_grouping"]["tokens"] is None
+
+
+def test_pairs_that_are_seen_and_pairs_that_are_computed():
+    """Model FLOPs are of the pairs that are seen, the bound on a TPU of the blocks that its kernel goes through."""
+    config = small_dit()
+    config.data.buckets = ((84, 480, 832, 1, 1.0),)
+    config.model.attention, config.model.window = ("window", "frame"), (1, 4, 4)
+    made = plan.outline(config, CODER).to_json()
+    window, frame = made["clips"][0]["patterns"]
+    assert made["clips"][0]["grid"] == (21, 30, 52)
+    assert window["seen"] / window["all"] == pytest.approx(0.0064, abs=5e-5)
+    assert window["computed"] / window["all"] == pytest.approx(0.164, abs=5e-4)
+    assert frame["seen"] == frame["computed"] == 21 * 1560**2
+    seen, computed = (made[name]["self-attention"] for name in ("step_flops", "block_flops"))
+    ratio = (window["computed"] + frame["computed"]) / (window["seen"] + frame["seen"])
+    assert computed / seen == pytest.approx(ratio, rel=0.01) and ratio > 3  # 0.01: blocks on a CPU are filled up
+    assert {**made["block_flops"], "self-attention": seen} == made["step_flops"]
+    said = report.as_text({**made, "compiled": None})
+    assert "'window' attention sees" in said and "0.64% of all; a TPU computes whole blocks" in said
+    assert "16.4% of all" in said and "whole blocks of attention that a TPU computes" in said
+    config.model.attention = ("full",)
+    made = plan.outline(config, CODER).to_json()
+    assert made["block_flops"] == made["step_flops"]
+    assert made["clips"][0]["patterns"][0]["computed"] == 32_760**2
+
+
 def test_parameters_are_those_that_a_run_makes():
     config = small_dit()
     counted = plan.outline(config, CODER).parameters
@@ -216,6 +260,7 @@ def test_a_table_has_a_row_for_each_plan():
     fit = dict(
         topology="v5p:2x2x1", num_slices=2, num_devices=8, mesh=dict(data=2, fsdp=4), remat="everything", accumulate=2,
         fits=True, needed_bytes=2.0 * 2**30, limit_bytes=95.74 * 2**30, step_seconds=1.8, utilisation=0.5,
+        collectives=[dict(exact=True)],
     )  # fmt: skip
     made = {**plan.make(small_dit(), CODER_SETTINGS), "compiled": fit}
     refused = {**made, "compiled": {**fit, "fits": False, "needed_bytes": None}}
@@ -226,6 +271,10 @@ def test_a_table_has_a_row_for_each_plan():
         in table[2]
     )
     assert "| more than 95.74 | does not fit |" in table[3]
+    unclear = {**made, "compiled": {**fit, "collectives": [dict(exact=False)]}}
+    table = report.as_table({"one": made, "three": unclear}).splitlines()
+    assert "| 1.8 s |" in table[2] and "| 1.8 s (≥) |" in table[3]
+    assert table[-1].startswith("(≥) Some transfers are in loops")
 
 
 tpu_compiler = pytest.mark.skipif(
@@ -276,7 +325,33 @@ def test_products_in_eight_bits_compile_for_a_slice(kind, topology):
     assert rounded.fits
     assert 0.5 < rounded.bounds["arithmetic"] / plain.bounds["arithmetic"] < 1
     told = report.as_text({**plan.outline(config, CODER).to_json(), "compiled": rounded.to_json()})
+    assert "memory is there for the state and the batch, read and written once" in told
     assert f"op/s in {kind}, memory" in told and "of bfloat16's peak" in told
+
+
+@pytest.mark.slow
+@tpu_compiler
+@pytest.mark.parametrize("topology", ["v5e:2x4", "v5p:2x2x2", "v6e:2x4", "tpu7x:2x2x1"])
+def test_every_chips_program_tells_how_often_its_loops_turn(topology):
+    """In earnest, as what is compiled with little effort has other loops: each layer's weights are gathered."""
+    where, num_layers = chips.topology(topology), 6
+    config = small_dit()
+    config.mesh.update(dict(data=1, fsdp=8))
+    config.model.update(dict(width=128, num_layers=num_layers, mlp_width=512, dtype="bfloat16", remat="everything"))
+    fit = plan.compiled(config, CODER, where, plan.outline(config, CODER))
+    assert all(collective.exact for collective in fit.collectives)
+    sent = sum(collective.num for collective in fit.collectives if "gather" in collective.kind)
+    assert sent >= 2 * num_layers  # forward and again
+
+
+@pytest.mark.slow
+@tpu_compiler
+@pytest.mark.parametrize("chip", chips.SLICES)
+def test_slices_are_known_to_the_compiler_and_grow(chip):
+    sizes = [chips.num_devices(f"{chip}:{shape}") for shape in chips.SLICES[chip]]
+    assert sizes == sorted(set(sizes))
+    for shape in (chips.SLICES[chip][0], chips.SLICES[chip][-1]):
+        assert len(chips.topology(f"{chip}:{shape}").devices) == chips.num_devices(f"{chip}:{shape}")
 
 
 @pytest.mark.slow
