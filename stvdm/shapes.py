@@ -33,13 +33,15 @@ Size3 = tuple[int, int, int]  # (time, height, width)
 Place = tuple[Any, Any, Any]  # the same of one place, or arrays of many
 
 
-def check_sides(video: Size3, *, spatial: int, patch: Size3) -> None:
+def check_sides(video: Size3, *, spatial: int, patch: Size3 = (1, 1, 1)) -> None:
     """Raises ValueError, naming sizes that would do, for sides that are not whole patches of the compressed video."""
-    for name, size, unit in zip(("height", "width"), video[1:], (spatial * p for p in patch[1:]), strict=True):
+    for name, size, p in zip(("height", "width"), video[1:], patch[1:], strict=True):
+        unit = spatial * p
         if size < unit or size % unit:
+            cut, of = (f" and cut into patches {patch}", unit) if p > 1 else ("", "it")
             raise ValueError(
-                f"{name}={size}: space is compressed by {spatial} and cut into patches {patch}, so use a multiple of "
-                f"{unit}, e.g. {_neighbours(size, unit, 0)}."
+                f"{name}={size}: space is compressed by {spatial}{cut}, so use a multiple of {of}, "
+                f"e.g. {_neighbours(size, unit, 0)}."
             )
 
 
@@ -49,13 +51,8 @@ def latent_shape(video: Size3, *, temporal: int, spatial: int, grouping: Groupin
     Raises:
       ValueError: if the video does not divide into whole latents; the message names sizes that do.
     """
+    check_sides(video, spatial=spatial)
     frames, height, width = video
-    for name, size in (("height", height), ("width", width)):
-        if size < spatial or size % spatial:
-            raise ValueError(
-                f"{name}={size}: space is compressed by {spatial}, so use a multiple of it, "
-                f"e.g. {_neighbours(size, spatial, 0)}."
-            )
     if grouping == "causal":
         if frames < 1 or (frames - 1) % temporal:
             raise ValueError(
