@@ -25,11 +25,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,8 +48,22 @@ MANIFEST = "manifest"
 # Of Orbax: what a step holds and when it was finished; and, on object stores, whether it was.
 _CONTENTS, _COMMITTED = "_CHECKPOINT_METADATA", "commit_success.txt"
 
-# safetensors' own NumPy reader knows no bfloat16.
-_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+# Names of types in safetensors files, whose own NumPy reader knows no bfloat16.
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(jnp.bfloat16),
+    "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
+    "F8_E5M2": np.dtype(jnp.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+_LARGEST_HEADER = 100_000_000  # as in the format's own reader
 
 _UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of folders that Orbax has not finished
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError)  # what comes of reading JSON that was changed
@@ -466,15 +481,45 @@ def load_model(directory: epath.PathLike) -> tuple[Tree, dict[str, Any]]:
             f"{source / WEIGHTS}: sha256 is {digest[:12]}..., expected {description['sha256'][:12]}...; "
             "the file is damaged or belongs to another model.json, so copy the folder again."
         )
-    first = 8 + int.from_bytes(data[:8].tobytes(), "little")
-    header = json.loads(data[8:first].tobytes())
-    header.pop("__metadata__", None)
     flat = {}
-    for name, leaf in header.items():
-        start, end = (first + offset for offset in leaf["data_offsets"])
-        found = data[start:end].view(_DTYPES[leaf["dtype"]]).reshape(leaf["shape"])
+    for name, (_, start, dtype, shape) in places_in(source / WEIGHTS).items():
+        found = data[start : start + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
         flat[name] = found.astype(np.float32, copy=False)
     return traverse_util.unflatten_dict(flat, sep="/"), description
+
+
+class Place(NamedTuple):
+    """Where a tensor of a safetensors file lies."""
+
+    file: epath.Path
+    start: int  # of its bytes in the file
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+
+def places_in(file: epath.Path) -> dict[str, Place]:
+    """Every tensor of a safetensors file by its name, of which the header alone is read.
+
+    Raises:
+      ValueError: for a header that can't be read, or a file of another length than it says.
+    """
+    size = file.stat().length
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        told = opened.read(length) if length <= min(_LARGEST_HEADER, size) else b""
+    try:
+        header = json.loads(told)
+        header.pop("__metadata__", None)
+        places = {
+            name: Place(file, 8 + length + leaf["data_offsets"][0], DTYPES[leaf["dtype"]], tuple(leaf["shape"]))
+            for name, leaf in header.items()
+        }
+        ends = [8 + length + leaf["data_offsets"][1] for leaf in header.values()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file}: its header can't be read ({error!r}); copy it again.") from error
+    if size != max(ends, default=8 + length):
+        raise ValueError(f"{file}: {size:,} bytes, expected {max(ends, default=8 + length):,}; copy it again.")
+    return places
 
 
 def _bytes_of(path: epath.Path) -> np.ndarray:

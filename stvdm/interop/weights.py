@@ -34,7 +34,7 @@ from etils import epath
 from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 
-from stvdm.checkpoint import on_host
+from stvdm.checkpoint import DTYPES, Place, on_host, places_in
 from stvdm.interop import mapping
 from stvdm.interop.mapping import Pair, Shape
 
@@ -43,31 +43,7 @@ Part = Callable[[str, int | None], np.ndarray]  # (our path, layer) -> that laye
 
 INDEX = ".safetensors.index.json"
 SHARD_BYTES = 5_000_000_000  # what tools of the Hugging Face hub keep files below
-_LARGEST_HEADER = 100_000_000  # as in the format's own reader
-_DTYPES = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(jnp.bfloat16),
-    "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
-    "F8_E5M2": np.dtype(jnp.float8_e5m2),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-
-
-class Place(NamedTuple):
-    """Where a tensor lies."""
-
-    file: epath.Path
-    start: int  # of its bytes in the file
-    dtype: np.dtype
-    shape: Shape
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Weights:
@@ -86,7 +62,7 @@ class Weights:
         source = epath.Path(place).expanduser()
         files, index = _files_of(source)
         for file in files:
-            for name, found in _header(file).items():
+            for name, found in places_in(file).items():
                 if name in self.places:
                     raise ValueError(f"{file}: {name} stands in {self.places[name].file.name} too.")
                 self.places[name] = found
@@ -339,23 +315,3 @@ def _files_of(source: epath.Path) -> tuple[list[epath.Path], epath.Path | None]:
                 raise FileNotFoundError(f"{indices[0]}: of {len(named)} files are missing {', '.join(missing)}.")
             return [source / name for name in named], indices[0]
     return mapping.files_of(source), None
-
-
-def _header(file: epath.Path) -> dict[str, Place]:
-    size = file.stat().length
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        told = opened.read(length) if length <= min(_LARGEST_HEADER, size) else b""
-    try:
-        header = json.loads(told)
-        header.pop("__metadata__", None)
-        places = {
-            name: Place(file, 8 + length + leaf["data_offsets"][0], _DTYPES[leaf["dtype"]], tuple(leaf["shape"]))
-            for name, leaf in header.items()
-        }
-        ends = [8 + length + leaf["data_offsets"][1] for leaf in header.values()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}: its header can't be read ({error!r}); copy it again.") from error
-    if size != max(ends, default=8 + length):
-        raise ValueError(f"{file}: {size:,} bytes, expected {max(ends, default=8 + length):,}; copy it again.")
-    return places
