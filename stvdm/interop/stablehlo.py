@@ -46,12 +46,8 @@ Size3 = tuple[int, int, int]
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 PROGRAMS, EXAMPLE = "programs.json", "example.py"
-_WAN_CLIP, _WAN_WORDS, _WAN_IMAGE = (
-    (81, 480, 832),
-    512,
-    257,
-)  # what Wan's authors sample; text and image tokens it reads
-
+_WAN_CLIP = (81, 480, 832)  # what Wan's authors sample
+_WAN_WORDS, _WAN_IMAGE = 512, 257  # tokens of text and of an image that it reads
 _WAN_OBJECTIVE = flow.Objective("velocity", flow.PATHS["rectified"])
 
 
@@ -184,13 +180,8 @@ def _programs(
         if name.startswith("dit")
     }
     if models.text is not None:
-        reader = models.text
-
-        def read(params: Tree, *, tokens_BS: jax.Array, mask_BS: jax.Array) -> jax.Array:
-            return reader.apply({"params": params["text"]}, tokens_BS, mask_BS)
-
         of_words |= dict(tokens_BS=array(text["max_tokens"], dtype=jnp.int32))
-        made["text"] = Program(read, "text", ("text/",), of_words, ("text_BSE",))
+        made["text"] = Program(models.read, "text", ("text/",), of_words, ("text_BSE",))
     statistics = {name: source.read(f"statistics/{name}") for name in ("mean_z", "std_z")}
     return made | _decoder(array, coder, statistics, latent[1:])
 
