@@ -11,7 +11,13 @@ import time
 
 import jax
 import numpy as np
+import optax
 
+from stvdm import checkpoint, sharding
+from stvdm import config as base
+from stvdm.sampling import pipeline
+from stvdm.train import dit
+from stvdm.train import state as state_lib
 from stvdm.train.telemetry import METRICS_FILE, read_metrics
 
 WORKER = pathlib.Path(__file__).parent / "worker.py"
@@ -100,6 +106,19 @@ def losses(workdir):
 def losses_and_gradients(workdir):
     """Of every step its loss and the norm of its gradients."""
     return np.array([(record["loss"], record["grad_norm"]) for record in read_metrics(workdir) if "loss" in record])
+
+
+def moments(workdir):
+    """Of every parameter of a transformer the first moments of its last step: the gradients of all steps, weighted."""
+    with checkpoint.Checkpoints(workdir) as checkpoints:
+        config = base.dit().unlock()
+        config.update(checkpoints.config())
+        _, description = dit.load_autoencoder(config.autoencoder)
+        program = dit.program(config, pipeline.autoencoder_of(description["autoencoder"]))
+        mesh = sharding.make_mesh(devices=jax.devices()[:1])
+        state, _ = checkpoints.restore(state_lib.abstract_state(program, mesh))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(optax.tree.get(state.opt_state, "mu"))
+    return {jax.tree_util.keystr(path): np.asarray(leaf, np.float64) for path, leaf in leaves}
 
 
 def saved(workdir):

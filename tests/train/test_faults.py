@@ -79,23 +79,26 @@ def test_killed_while_saving(config, undisturbed, tmp_path):
     assert finish(tmp_path / "run", config) == expected
 
 
-def test_a_flipped_byte_and_a_missing_shard(config, undisturbed, tmp_path):
+def test_a_flipped_byte_a_truncated_file_and_a_missing_shard(config, undisturbed, tmp_path):
     """Both processes agree that a step is damaged, whichever of them reads the file, and take the one before."""
     expected = undisturbed(config)
-    config.total_steps, config.keep_checkpoints = 6, 3
+    config.total_steps, config.checkpoint_every, config.keep_checkpoints = 4, 1, 4
     finish(tmp_path / "run", config)
-    assert saved(tmp_path / "run") == [2, 4, 6]
-    arrays = {step: sorted((tmp_path / "run" / "checkpoints" / str(step) / "state").rglob("d/*")) for step in (4, 6)}
-    arrays[4][-1].unlink()
-    content = bytearray(arrays[6][0].read_bytes())
+    assert saved(tmp_path / "run") == [1, 2, 3, 4]
+    checkpoints = tmp_path / "run" / "checkpoints"
+    missing, cut, flipped = (sorted((checkpoints / step / "state").rglob("d/*"))[-1] for step in "234")
+    missing.unlink()
+    os.truncate(cut, cut.stat().st_size - 1)
+    content = bytearray(flipped.read_bytes())
     content[len(content) // 2] ^= 1
-    arrays[6][0].write_bytes(content)
-    config.total_steps = STEPS
+    flipped.write_bytes(content)
+    config.total_steps, config.checkpoint_every = STEPS, STEPS
     with Run(tmp_path / "run", config, kind="dit") as run:
         assert run.exit_codes() == [0, 0], run.said()
     for log in run.logs:
         said = log.read_text()
-        assert f"{arrays[6][0].name} was changed" in said and f"{arrays[4][-1].name} is missing" in said
+        assert f"{missing.name} is missing" in said and f"{flipped.name} was changed" in said
+        assert f"{cut.name} has " in said  # fewer bytes than were written
     assert losses(tmp_path / "run") == expected
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -459,6 +460,65 @@ def test_a_training_whose_losses_are_not_finite_is_not_started_again(tmp_path):
     assert run.returncode == supervisor.DIVERGED
     assert "3 steps were skipped" in run.stderr and "starting again" not in run.stderr
     assert not (tmp_path / "run" / "model").exists()
+
+
+def run_of(workdir):
+    """(steps written, their losses, the model's bytes) of a finished training."""
+    losses = [record["loss"] for record in read_metrics(workdir) if "loss" in record]
+    return len(losses), losses, (workdir / "model" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What two processes come to when nothing happens; made by the first test that asks."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "config.py").write_text(CONFIG)
+    supervise = [sys.executable, "-m", "stvdm.cli", "supervise", "--processes=2", "--"]
+    train = [sys.executable, "-m", "stvdm.cli", "train", "autoencoder", "--config=config.py", "--workdir=run"]
+    subprocess.run([*supervise, *train], cwd=folder, env=TWO_DEVICES, check=True)
+    return run_of(folder / "run")
+
+
+PATIENCE = "--xla_cpu_collective_timeout_seconds=600 --xla_cpu_collective_call_terminate_timeout_seconds=600"
+TWO_DEVICES = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count=2 {PATIENCE}"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_every_worker_has_a_supervisor_of_its_own_and_one_of_them_is_killed(tmp_path, whole, killed):
+    """As on a pod: no supervisor sees the worker of the other; they find each other by the same address again."""
+    (tmp_path / "config.py").write_text(CONFIG)
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        job = {"STVDM_COORDINATOR": f"127.0.0.1:{probe.getsockname()[1]}", "STVDM_NUM_PROCESSES": "2"}
+    supervise = [sys.executable, "-m", "stvdm.cli", "supervise", "--timeout-s=300", "--grace-s=20", "--"]
+    train = [sys.executable, "-m", "stvdm.cli", "train", "autoencoder", "--config=config.py", "--workdir=run"]
+    logs = [tmp_path / f"supervisor-{i}.log" for i in range(2)]
+    supervisors = [
+        subprocess.Popen(
+            [*supervise, *train],
+            cwd=tmp_path,
+            env={**TWO_DEVICES, **job, "STVDM_PROCESS_ID": str(i)},
+            stderr=log.open("w"),
+        )
+        for i, log in enumerate(logs)
+    ]
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    try:
+        wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 10, seconds=900)
+        pid = supervisors[killed].pid
+        (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        os.kill(int(child), signal.SIGKILL)
+        assert [process.wait(900) for process in supervisors] == [0, 0]
+    finally:
+        for process in supervisors:
+            for _ in range(2 * (process.poll() is None)):  # asked twice, it leaves nothing behind
+                process.terminate()
+                time.sleep(1)
+    said = [log.read_text() for log in logs]
+    assert "the process was killed by SIGKILL" in said[killed], said[killed]
+    assert [text.count("starting again in") for text in said] == [1, 1], said
+    assert run_of(tmp_path / "run") == whole
 
 
 @pytest.mark.slow
