@@ -195,9 +195,10 @@ def _xla_backward(
                 weight = jnp.exp(_scores(q, k, valid, pattern, starts, i, j) * scale - lse[..., None])
                 change = weight * (_dot("BAnd,BAmd->BAnm", dout, v) - inner[..., None]) * scale
                 weight, change = weight.astype(q.dtype), change.astype(q.dtype)
+                # Sums over queries with the small factor first: XLA's CPU products take a quarter of the time so.
                 return (
-                    dk + _dot("BAnm,BAnd->BAmd", change, q),
-                    dv + _dot("BAnm,BAnd->BAmd", weight, dout),
+                    dk + _dot("BAnd,BAnm->BAdm", q, change).swapaxes(2, 3),
+                    dv + _dot("BAnd,BAnm->BAdm", dout, weight).swapaxes(2, 3),
                     dq + _dot("BAnm,BAmd->BAnd", change, k),
                 )
 
@@ -214,17 +215,19 @@ def _xla_backward(
 
 
 def _scores(
-    q: jax.Array, k: jax.Array, valid: jax.Array, pattern: Pattern | None, starts: Starts, i: Any, j: Any
+    q: jax.Array, k: jax.Array, valid: jax.Array | None, pattern: Pattern | None, starts: Starts, i: Any, j: Any
 ) -> jax.Array:
     """Products of block i of the queries with block j of the keys, `NOTHING` where a key is not seen."""
-    mask = valid[:, None, None, :]
+    scores = _dot("BAnd,BAmd->BAnm", q, k)
+    if valid is not None:
+        scores = jnp.where(valid[:, None, None, :], scores, NOTHING)
     if pattern is not None:
         query, key = (
             starts[0] + i * q.shape[2] + jnp.arange(q.shape[2]),
             starts[1] + j * k.shape[2] + jnp.arange(k.shape[2]),
         )
-        mask &= pattern.sees(query[:, None], key[None, :])
-    return jnp.where(mask, _dot("BAnd,BAmd->BAnm", q, k), NOTHING)
+        scores = jnp.where(pattern.sees(query[:, None], key[None, :]), scores, NOTHING)
+    return scores
 
 
 def _fold_keys(
@@ -272,10 +275,15 @@ def _unblock(x: jax.Array, n: int) -> jax.Array:
     return x.reshape(*x.shape[:2], -1, *x.shape[4:])[:, :, :n]
 
 
-def _key_blocks(k: jax.Array, v: jax.Array, valid_Bm: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Blocks of keys, of values, and (blocks, B or 1, size) of which keys are real."""
-    valid_Bm = jnp.ones((1, k.shape[2]), jnp.bool_) if valid_Bm is None else valid_Bm
-    return _blocks(k), _blocks(v), _blocks(valid_Bm[:, None])[:, :, 0]
+def _key_blocks(
+    k: jax.Array, v: jax.Array, valid_Bm: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Blocks of keys, of values, and (blocks, B or 1, size) of which keys are real; None: all are."""
+    keys, num_keys = _blocks(k), k.shape[2]
+    if valid_Bm is None and keys.shape[0] * keys.shape[3] == num_keys:
+        return keys, _blocks(v), None
+    valid_Bm = jnp.ones((1, num_keys), jnp.bool_) if valid_Bm is None else valid_Bm
+    return keys, _blocks(v), _blocks(valid_Bm[:, None])[:, :, 0]
 
 
 # ---- splash: the TPU kernel -----------------------------------------------------------------------------------------
