@@ -27,18 +27,21 @@ import hashlib
 import json
 import math
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from flax import traverse_util
 from jax.experimental import multihost_utils
+
+from stvdm import tensor_files
+from stvdm.tensor_files import Tensor, bytes_of, places_in
 
 Tree = Any
 
@@ -47,23 +50,6 @@ MANIFEST = "manifest"
 
 # Of Orbax: what a step holds and when it was finished; and, on object stores, whether it was.
 _CONTENTS, _COMMITTED = "_CHECKPOINT_METADATA", "commit_success.txt"
-
-# Names of types in safetensors files, whose own NumPy reader knows no bfloat16.
-DTYPES = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(jnp.bfloat16),
-    "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
-    "F8_E5M2": np.dtype(jnp.float8_e5m2),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-}
-_LARGEST_HEADER = 100_000_000  # as in the format's own reader
 
 _UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of folders that Orbax has not finished
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError)  # what comes of reading JSON that was changed
@@ -431,25 +417,24 @@ def save_model(
 
     Args:
       params: nested dicts of arrays, wherever they lie; the path of a leaf, joined by '/', is its name in the file.
-        They are gathered one at a time.
+        They are gathered and written one at a time.
       description: JSON that says how to build the model; the digest of the weights is added to it.
       dtype: of the weights in the file: float32, bfloat16 or float16; the "statistics" of latents stay float32.
     """
-    from safetensors.numpy import save
+    target = epath.Path(directory).expanduser()
 
-    target, writes = epath.Path(directory).expanduser(), jax.process_index() == 0
-    flat, digest = {}, ""
-    for name, leaf in sorted(traverse_util.flatten_dict(params, sep="/").items()):
-        whole = on_host(leaf)
-        if writes:  # the writer copies memory as it lies
-            kept = "float32" if name.startswith("statistics/") else dtype
-            flat[name] = np.asarray(whole, jnp.dtype(kept), order="C")
-    if writes:
-        target.mkdir(parents=True, exist_ok=True)
-        data = save(flat)
-        digest = hashlib.sha256(data).hexdigest()
+    def tensor(name: str, leaf: Any) -> Tensor:
+        kind = np.dtype("float32" if name.startswith("statistics/") else dtype)
+        # A leaf of several dimensions comes in parts along the first: the layers of a scan one by one.
+        parts = range(leaf.shape[0]) if leaf.ndim > 2 else [...]
+        return Tensor(name, leaf.shape, lambda: (on_host(leaf[part]) for part in parts), kind)
+
+    flat = traverse_util.flatten_dict(params, sep="/")
+    tensors = [tensor(name, leaf) for name, leaf in flat.items()]
+    digests = tensor_files.write(target, tensors, stem=epath.Path(WEIGHTS).stem, shard_bytes=sys.maxsize)
+    digest = digests.get(WEIGHTS, "")
+    if jax.process_index() == 0:
         # The description names the digest of the weights, so a model whose two files do not belong together is refused.
-        _write(target / WEIGHTS, data)
         _write(target / DESCRIPTION, json.dumps({**description, "sha256": digest}, indent=1).encode())
     # A process that went on to its end would wait there for process 0, and not as long as writing may take.
     ocp.multihost.get_barrier_sync_fn()(key=f"written {target}", timeout_ms=1000 * _EXPORT_SECONDS)
@@ -474,7 +459,7 @@ def load_model(directory: epath.PathLike) -> tuple[Tree, dict[str, Any]]:
             "give the --workdir of a training that has ended, or run that training first."
         )
     description = json.loads((source / DESCRIPTION).read_text())
-    data = _bytes_of(source / WEIGHTS)
+    data = bytes_of(source / WEIGHTS)
     digest = hashlib.sha256(data.data).hexdigest()
     if digest != description["sha256"]:
         raise ValueError(
@@ -486,47 +471,6 @@ def load_model(directory: epath.PathLike) -> tuple[Tree, dict[str, Any]]:
         found = data[start : start + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
         flat[name] = found.astype(np.float32, copy=False)
     return traverse_util.unflatten_dict(flat, sep="/"), description
-
-
-class Place(NamedTuple):
-    """Where a tensor of a safetensors file lies."""
-
-    file: epath.Path
-    start: int  # of its bytes in the file
-    dtype: np.dtype
-    shape: tuple[int, ...]
-
-
-def places_in(file: epath.Path) -> dict[str, Place]:
-    """Every tensor of a safetensors file by its name, of which the header alone is read.
-
-    Raises:
-      ValueError: for a header that can't be read, or a file of another length than it says.
-    """
-    size = file.stat().length
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        told = opened.read(length) if length <= min(_LARGEST_HEADER, size) else b""
-    try:
-        header = json.loads(told)
-        header.pop("__metadata__", None)
-        places = {
-            name: Place(file, 8 + length + leaf["data_offsets"][0], DTYPES[leaf["dtype"]], tuple(leaf["shape"]))
-            for name, leaf in header.items()
-        }
-        ends = [8 + length + leaf["data_offsets"][1] for leaf in header.values()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}: its header can't be read ({error!r}); copy it again.") from error
-    if size != max(ends, default=8 + length):
-        raise ValueError(f"{file}: {size:,} bytes, expected {max(ends, default=8 + length):,}; copy it again.")
-    return places
-
-
-def _bytes_of(path: epath.Path) -> np.ndarray:
-    """A file, which is not read before it is looked at where that is possible: not from object stores."""
-    if "://" in str(path):
-        return np.frombuffer(path.read_bytes(), np.uint8)
-    return np.memmap(path, np.uint8, mode="r").view(np.ndarray)
 
 
 def _write(path: epath.Path, data: bytes) -> None:

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -295,6 +296,23 @@ def test_an_exported_model_comes_back(tmp_path):
     found, description = checkpoint.load_model(tmp_path / "model")
     np.testing.assert_array_equal(found["dit"]["head"]["kernel"], params["dit"]["head"]["kernel"])
     assert description == {"kind": "dit", "width": 5, "sha256": digest}
+
+
+def test_one_layer_of_an_exported_model_is_in_memory_at_a_time(tmp_path):
+    layers = jnp.ones((24, 96, 128))
+    params = {"layers": {"kernel": layers}, "head": {"kernel": jnp.ones((96, 128))}}
+
+    def peak() -> int:
+        tracemalloc.start()
+        checkpoint.save_model(tmp_path, params, {})
+        bytes_held = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return bytes_held
+
+    peak()  # compiles, and imports
+    assert peak() < layers.nbytes / 3
+    found, _ = checkpoint.load_model(tmp_path)
+    np.testing.assert_array_equal(found["layers"]["kernel"], layers)
 
 
 def test_bfloat16_weights_are_read_as_float32(tmp_path):

@@ -12,6 +12,7 @@ LADDER = """
     shapes
     sharding
     config
+    tensor_files
     checkpoint
     models.linear
     models.lora

@@ -33,9 +33,10 @@ import numpy as np
 from etils import epath
 from flax import traverse_util
 
+from stvdm.tensor_files import Shape
+
 Tree = Any
 Rules = Sequence[tuple[str, str]]
-Shape = tuple[int, ...]
 
 _LAST_WORDS = {"weight": ("kernel", "scale"), "running_mean": ("mean",), "running_var": ("var",)}
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}

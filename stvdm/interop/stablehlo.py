@@ -33,7 +33,7 @@ from etils import epath
 from flax import traverse_util
 from jax import export
 
-from stvdm import shapes, sharding
+from stvdm import shapes, sharding, tensor_files
 from stvdm.checkpoint import DESCRIPTION, WEIGHTS
 from stvdm.diffusion import flow
 from stvdm.interop import mapping, wan, wan_autoencoder, wan_model, weights
@@ -67,7 +67,7 @@ def write(
     *,
     size: Size3 | None = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
-    shard_bytes: int = weights.SHARD_BYTES,
+    shard_bytes: int = tensor_files.SHARD_BYTES,
 ) -> list[str]:
     """Writes the programs of a model and their weights; returns the paths of the files.
 
@@ -99,7 +99,7 @@ def write(
         names = sorted(found for found in source.shapes if found.startswith(program.holds))
         if program.weights not in files:
             tensors = [_tensor(source, found) for found in names]
-            written = weights.write(out, tensors, stem=program.weights, dtype=kind, shard_bytes=shard_bytes)
+            written = tensor_files.write(out, tensors, stem=program.weights, dtype=kind, shard_bytes=shard_bytes)
             files[program.weights] = sorted(written)
         params = {found: jax.ShapeDtypeStruct(source.shapes[found], kind) for found in names}
         about = _exported(out / f"{name}.jax", program, params)
@@ -139,11 +139,11 @@ def _said(array: Any) -> str:
     return f"{jnp.dtype(array.dtype).name}[{', '.join(map(str, array.shape))}]"
 
 
-def _tensor(source: weights.Weights, name: str) -> weights.Tensor:
+def _tensor(source: weights.Weights, name: str) -> tensor_files.Tensor:
     """A tensor of the file, for another; stacked layers come one by one."""
     shape = source.shapes[name]
     layers = [layer for layer, *_ in mapping.layers_of(name.partition("/")[2], shape, wan.STACKED)]
-    return weights.Tensor(name, shape, lambda: (source.read(name, layer) for layer in layers))
+    return tensor_files.Tensor(name, shape, lambda: (source.read(name, layer) for layer in layers))
 
 
 # ---- what the programs are ------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from stvdm import sharding
+from stvdm import sharding, tensor_files
 from stvdm.interop import mapping, weights
 from stvdm.interop.mapping import AS_IS, KERNEL, ROWS, Layout, Pair, Rule, pairs_of
 from stvdm.models.block import EPSILON
@@ -179,7 +179,7 @@ def save(
     to: Format,
     *,
     dtype: jax.typing.DTypeLike = jnp.float32,
-    shard_bytes: int = weights.SHARD_BYTES,
+    shard_bytes: int = tensor_files.SHARD_BYTES,
 ) -> None:
     """Writes config.json and safetensors, as the folder of a transformer has them; all processes call it together.
 
@@ -192,7 +192,7 @@ def save(
     """
     config = config_of(dit, to)
     tensors = weights.theirs(pairs(dit, to), part)
-    weights.write(folder, tensors, stem=STEM, dtype=dtype, shard_bytes=shard_bytes)
+    tensor_files.write(folder, tensors, stem=STEM, dtype=dtype, shard_bytes=shard_bytes)
     if jax.process_index() == 0:
         (epath.Path(folder).expanduser() / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 

@@ -26,9 +26,11 @@ import numpy as np
 from etils import epath
 from flax import traverse_util
 
+from stvdm import tensor_files
 from stvdm.interop import mapping, weights
-from stvdm.interop.mapping import Pair, Shape
+from stvdm.interop.mapping import Pair
 from stvdm.models.autoencoder3d import Autoencoder
+from stvdm.tensor_files import Shape
 
 Tree = Any
 Layout = Literal["diffusers", "original"]
@@ -124,7 +126,7 @@ def save(
     """
     config = config_of(model, statistics)
     stem = "diffusion_pytorch_model" if layout == "diffusers" else f"Wan2.{2 if model.shortcuts else 1}_VAE"
-    weights.write(folder, weights.theirs(pairs(model, layout), part), stem=stem, dtype=dtype)
+    tensor_files.write(folder, weights.theirs(pairs(model, layout), part), stem=stem, dtype=dtype)
     if jax.process_index() == 0:
         (epath.Path(folder).expanduser() / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 

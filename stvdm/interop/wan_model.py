@@ -38,6 +38,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from stvdm import config as base
+from stvdm import tensor_files
 from stvdm.checkpoint import DESCRIPTION, WEIGHTS
 from stvdm.interop import mapping, wan, wan_autoencoder, weights
 from stvdm.models.autoencoder3d import Autoencoder
@@ -170,7 +171,7 @@ def bring(
             "autoencoder": config.model.to_dict(),
             "config": settings.to_dict(),
         }
-    digests = weights.write(target, tensors, stem=epath.Path(WEIGHTS).stem, dtype=dtype, shard_bytes=sys.maxsize)
+    digests = tensor_files.write(target, tensors, stem=epath.Path(WEIGHTS).stem, dtype=dtype, shard_bytes=sys.maxsize)
     if digests:
         description["sha256"] = digests[WEIGHTS]
         (epath.Path(target).expanduser() / DESCRIPTION).write_text(json.dumps(description, indent=1))
@@ -326,7 +327,7 @@ def give(
     to: wan.Format,
     *,
     dtype: jax.typing.DTypeLike = jnp.float32,
-    shard_bytes: int = weights.SHARD_BYTES,
+    shard_bytes: int = tensor_files.SHARD_BYTES,
     params: Tree | None = None,
 ) -> list[str]:
     """Writes a folder of ours as that format has it: the inverse of `bring`; returns the folders of networks.

@@ -4,15 +4,14 @@
     source = Weights(folder)                                        # headers alone: names, dtypes, shapes
     mapping.agree(pairs, source.shapes)
     params = fill(shapes, of_theirs(pairs, source.read), stacked="layers", shardings=shardings)
-    write(folder, theirs(pairs, of_tree(params)), dtype="bfloat16")
+    tensor_files.write(folder, theirs(pairs, of_tree(params)), dtype="bfloat16")
 
 Parameters come as *parts*, a whole one or a layer of a stack of them: of foreign tensors, of a tree of arrays, or of a
 file of ours; and go into arrays on a mesh (`fill`), into foreign tensors (`theirs`) or under our names (`ours`).
 
-A model of 14 B parameters is 57 GB in float32, and no host need hold more of it than its largest tensor. A parameter
-that stacks the layers of a scan is filled where it lies, on the devices, layer by layer, in place; on the way out it is
-cut into its layers there, and they come one by one. A file's header is known from shapes before its first byte of data
-is, and from file to file nothing is held but the tensor that is under way.
+No host need hold more of a model than its largest tensor. A parameter that stacks the layers of a scan is filled where
+it lies, on the devices, layer by layer, in place; on the way out it is cut into its layers there, and they come one by
+one. From file to file nothing is held but the tensor that is under way.
 
 Pickles are never opened.
 """
@@ -20,12 +19,10 @@ Pickles are never opened.
 from __future__ import annotations
 
 import functools
-import hashlib
-import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,16 +31,13 @@ from etils import epath
 from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 
-from stvdm.checkpoint import DTYPES, Place, on_host, places_in
+from stvdm.checkpoint import on_host
 from stvdm.interop import mapping
-from stvdm.interop.mapping import Pair, Shape
+from stvdm.interop.mapping import Pair
+from stvdm.tensor_files import INDEX, Place, Shape, Tensor, places_in
 
 Tree = Any
 Part = Callable[[str, int | None], np.ndarray]  # (our path, layer) -> that layer of that parameter of ours
-
-INDEX = ".safetensors.index.json"
-SHARD_BYTES = 5_000_000_000  # what tools of the Hugging Face hub keep files below
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Weights:
@@ -179,15 +173,6 @@ def _set_layer(sharding: NamedSharding) -> Callable[[jax.Array, jax.Array, np.in
     return jax.jit(update, donate_argnums=0, out_shardings=sharding)
 
 
-class Tensor(NamedTuple):
-    """What is to be written: its parts one after the other make the whole, in C order."""
-
-    name: str
-    shape: Shape
-    parts: Callable[[], Iterable[np.ndarray]]
-    dtype: np.dtype | None = None  # in the file; None: that of the others
-
-
 def theirs(pairs: Sequence[Pair], part: Part) -> list[Tensor]:
     """Our parameters as foreign tensors, for `write`."""
 
@@ -212,94 +197,6 @@ def ours(
         return Tensor(prefix + path, shape, lambda: (part(path, layer) for layer, *_ in layers), kind)
 
     return [one(path, tuple(leaf.shape)) for path, leaf in traverse_util.flatten_dict(shapes, sep="/").items()]
-
-
-def write(
-    folder: epath.PathLike,
-    tensors: Sequence[Tensor],
-    *,
-    stem: str = "model",
-    dtype: jax.typing.DTypeLike = jnp.float32,
-    shard_bytes: int = SHARD_BYTES,
-) -> dict[str, str]:
-    """Writes safetensors, STEM.safetensors or, beyond ``shard_bytes``, STEM-00001-of-00007.safetensors and an index.
-
-    All processes call it together: parts are asked for on all, and process 0 writes.
-
-    Returns:
-      The SHA-256 of each file by its name; on other processes of none.
-
-    Raises:
-      ValueError: if two tensors have one name, or the dtype is none that the format knows.
-    """
-    target, kind = epath.Path(folder).expanduser(), np.dtype(dtype)
-    names = [tensor.name for tensor in tensors]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"{sorted(twice)}: expected each name once.")
-    if kind not in _NAMES:
-        raise ValueError(f"dtype={kind}: safetensors knows {', '.join(map(str, _NAMES))}.")
-    shards: list[list[Tensor]] = [[]]
-    filled = 0
-    for tensor in sorted((tensor._replace(dtype=tensor.dtype or kind) for tensor in tensors), key=lambda one: one.name):
-        size = _size(tensor)
-        if shards[-1] and filled + size > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(tensor)
-        filled += size
-    one = len(shards) == 1
-    files = [
-        f"{stem}.safetensors" if one else f"{stem}-{i + 1:05}-of-{len(shards):05}.safetensors"
-        for i in range(len(shards))
-    ]
-    digests = {file: _write_file(target / file, shard) for file, shard in zip(files, shards, strict=True)}
-    if jax.process_index() != 0:
-        return {}
-    if not one:
-        total = sum(_size(tensor) for shard in shards for tensor in shard)
-        where = {tensor.name: file for file, shard in zip(files, shards, strict=True) for tensor in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-        (target / f"{stem}{INDEX}").write_text(json.dumps(index, indent=2) + "\n")
-    return digests
-
-
-def _size(tensor: Tensor) -> int:
-    """Bytes in the file."""
-    assert tensor.dtype is not None
-    return math.prod(tensor.shape) * tensor.dtype.itemsize
-
-
-def _write_file(path: epath.Path, tensors: Sequence[Tensor]) -> str:
-    """Header, then each tensor's parts; under another name until all is there."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files that do not say it
-    end = 0
-    for tensor in tensors:
-        start, end = end, end + _size(tensor)
-        header[tensor.name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    told = json.dumps(header, separators=(",", ":")).encode()
-    told += b" " * (-len(told) % 8)  # so that data is aligned
-    chunks: Iterator[bytes | memoryview] = itertools.chain(
-        [len(told).to_bytes(8, "little"), told],
-        (_bytes(array, tensor.dtype) for tensor in tensors for array in tensor.parts()),
-    )
-    if jax.process_index() != 0:
-        for _ in chunks:  # the others take part in gathering
-            pass
-        return ""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial, digest, size = path.parent / f"{path.name}.partial", hashlib.sha256(), 0
-    with partial.open("wb") as file:
-        for chunk in chunks:
-            file.write(chunk)
-            digest.update(chunk)
-            size += len(chunk)
-    assert size == 8 + len(told) + end, f"{path}: the parts of a tensor are not its whole"
-    partial.replace(path)
-    return digest.hexdigest()
-
-
-def _bytes(array: np.ndarray, dtype: np.dtype | None) -> memoryview:
-    return np.ascontiguousarray(array, dtype=dtype).reshape(-1).view(np.uint8).data
 
 
 def _files_of(source: epath.Path) -> tuple[list[epath.Path], epath.Path | None]:

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from stvdm import checkpoint, sharding
+from stvdm import checkpoint, sharding, tensor_files
 from stvdm.interop import mapping, weights
 from stvdm.interop.mapping import AS_IS, KERNEL, Rule
 
@@ -43,7 +43,7 @@ def params():
 def folder(tmp_path, pairs, params):
     """Their files, five of them and an index."""
     tensors = weights.theirs(pairs, weights.of_tree(params))
-    weights.write(tmp_path / "theirs", tensors, stem="weights", shard_bytes=300_000)
+    tensor_files.write(tmp_path / "theirs", tensors, stem="weights", shard_bytes=300_000)
     return tmp_path / "theirs"
 
 
@@ -83,7 +83,7 @@ def test_what_is_written_is_what_the_formats_own_reader_reads(folder, params):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_every_dtype_comes_back(tmp_path, pairs, params, dtype):
-    digests = weights.write(tmp_path, weights.theirs(pairs, weights.of_tree(params)), dtype=dtype)
+    digests = tensor_files.write(tmp_path, weights.theirs(pairs, weights.of_tree(params)), dtype=dtype)
     assert list(digests) == ["model.safetensors"]
     source = weights.Weights(tmp_path)
     mapping.agree(pairs, source.shapes)
@@ -130,23 +130,23 @@ def test_one_tensor_is_in_memory_at_a_time(folder, tmp_path, pairs):
     few = 8 * largest  # as read, turned, its copy for the device or the file, and those that JAX lets go of later
     assert few < model * 0.4
     assert peak_of(lambda: filled(pairs, source, shardings=shardings)) < few
-    assert peak_of(lambda: weights.write(tmp_path, own_names(pairs, source))) < few
+    assert peak_of(lambda: tensor_files.write(tmp_path, own_names(pairs, source))) < few
     own = weights.Weights(tmp_path / "model.safetensors")
     part = weights.of_file(own, "dit/")
     assert peak_of(lambda: weights.fill(SHAPES, part, stacked="layers", shardings=shardings)) < few
     tensors = weights.theirs(pairs, part)
-    assert peak_of(lambda: weights.write(tmp_path / "back", tensors)) < few
+    assert peak_of(lambda: tensor_files.write(tmp_path / "back", tensors)) < few
     assert peak_of(lambda: filled(pairs, source)) > model  # the measure sees what is held
 
 
 def test_from_file_to_file_and_back(folder, tmp_path, pairs, params):
     source = weights.Weights(folder)
-    digests = weights.write(tmp_path / "ours", own_names(pairs, source))
+    digests = tensor_files.write(tmp_path / "ours", own_names(pairs, source))
     (tmp_path / "ours" / "model.json").write_text(json.dumps({"sha256": digests["model.safetensors"]}))
     loaded, _ = checkpoint.load_model(tmp_path / "ours")
     trees_are_equal(loaded["dit"], params)
     own = weights.Weights(tmp_path / "ours" / "model.safetensors")
-    weights.write(
+    tensor_files.write(
         tmp_path / "back", weights.theirs(pairs, weights.of_file(own, "dit/")), stem="weights", shard_bytes=300_000
     )
     for path in folder.iterdir():
@@ -190,14 +190,3 @@ def test_damaged_folders_are_named(folder, tmp_path):
         weights.Weights(tmp_path / "model.bin")
     with pytest.raises(FileNotFoundError, match="expected a .safetensors file"):
         weights.Weights(tmp_path / "nowhere")
-
-
-def test_what_can_not_be_written_is_refused(tmp_path):
-    one = weights.Tensor("a", (2,), lambda: [np.zeros(2)])
-    with pytest.raises(ValueError, match=r"\['a'\]: expected each name once"):
-        weights.write(tmp_path, [one, one])
-    with pytest.raises(ValueError, match="dtype=complex64: safetensors knows float64"):
-        weights.write(tmp_path, [one], dtype="complex64")
-    with pytest.raises(AssertionError, match="parts of a tensor"):
-        weights.write(tmp_path, [weights.Tensor("a", (3,), lambda: [np.zeros(2)])])
-    assert not (tmp_path / "model.safetensors").exists()
