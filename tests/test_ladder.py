@@ -41,6 +41,7 @@ LADDER = """
     interop.weights
     interop.wan_autoencoder
     interop.towers
+    interop.judges
     interop.lora
     diffusion.flow
     diffusion.schedules

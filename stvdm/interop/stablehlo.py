@@ -101,7 +101,7 @@ def write(
         params = {found: jax.ShapeDtypeStruct(source.shapes[found], kind) for found in names}
         about = _exported(out / f"{name}.jax", program, params)
         said[name] = {"file": f"{name}.jax", "weights": files[program.weights], **about}
-    settings = description.get("config")
+    settings: Any = description.get("config")
     whole = {"programs": said, "platforms": PLATFORMS, "jax": jax.__version__, "config": settings}
     beside = [PROGRAMS]
     if {"text", "velocity"} <= said.keys():
