@@ -17,6 +17,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
+    package_dir={"": "."},  # so that `pip install -e` puts this folder on the path, and a clone's name hides nothing
     packages=find_packages(include=["stvdm", "stvdm.*"]),
     package_data={"stvdm": ["bundled/*", "bundled/features/*", "py.typed"]},
     zip_safe=False,

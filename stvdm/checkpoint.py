@@ -451,14 +451,7 @@ def load_model(directory: epath.PathLike) -> tuple[Tree, dict[str, Any]]:
       FileNotFoundError: if one of the two files is missing.
       ValueError: if the weights are not those that the description was written with (damaged or mixed files).
     """
-    source = epath.Path(directory).expanduser()
-    missing = [name for name in (WEIGHTS, DESCRIPTION) if not (source / name).exists()]
-    if missing:
-        raise FileNotFoundError(
-            f"{source}: expected an exported model, found no {' and no '.join(missing)}; "
-            "give the --workdir of a training that has ended, or run that training first."
-        )
-    description = json.loads((source / DESCRIPTION).read_text())
+    source, description = epath.Path(directory).expanduser(), describe_model(directory)
     data = bytes_of(source / WEIGHTS)
     digest = hashlib.sha256(data.data).hexdigest()
     if digest != description["sha256"]:
@@ -471,6 +464,22 @@ def load_model(directory: epath.PathLike) -> tuple[Tree, dict[str, Any]]:
         found = data[start : start + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
         flat[name] = found.astype(np.float32, copy=False)
     return traverse_util.unflatten_dict(flat, sep="/"), description
+
+
+def describe_model(directory: epath.PathLike) -> dict[str, Any]:
+    """The description alone of what `save_model`, or `stvdm import`, wrote.
+
+    Raises:
+      FileNotFoundError: if one of the two files is missing.
+    """
+    source = epath.Path(directory).expanduser()
+    missing = [name for name in (WEIGHTS, DESCRIPTION) if not (source / name).exists()]
+    if missing:
+        raise FileNotFoundError(
+            f"{source}: expected a model, found no {' and no '.join(missing)}; give the --workdir of a training that "
+            "has ended, or run that training first, or give what `stvdm import` wrote."
+        )
+    return json.loads((source / DESCRIPTION).read_text())
 
 
 def _write(path: epath.Path, data: bytes) -> None:

@@ -508,10 +508,27 @@ def _without_effect(config: ConfigDict) -> Iterator[str]:
         yield "sample.guidance_interval and sample.guidance_rescale have no effect: sample.guidance=1 is no guidance."
 
 
+_CALLED = {  # what others call it -> what it is called here
+    "batch_size": "buckets",
+    "epochs": "total_steps",
+    "resolution": "buckets",
+    "gradient_accumulation_steps": "accumulate",
+    "dim": "width",
+    "hidden_size": "width",
+    "depth": "num_layers",
+    "cfg_scale": "guidance",
+}
+
+
 def _nearest(key: str, known: Sequence[str]) -> str:
-    """A key that stands elsewhere under the same name, else those spelled alike, else all."""
-    elsewhere = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-    near = elsewhere or difflib.get_close_matches(key, known, n=2, cutoff=0.7)
+    """Keys of the same name elsewhere, or of another or its initials ("lr"); else those spelled alike; else all."""
+    section, _, last = key.rpartition(".")
+    ends = {name: name.rpartition(".")[2] for name in known}
+    by_name = [name for name, end in ends.items() if end in (last, _CALLED.get(last))]
+    initials = [name for name, end in ends.items() if "".join(word[:1] for word in end.split("_")) == last]
+    meant = by_name or initials
+    near = [name for name in meant if name.rpartition(".")[0] == section] or meant
+    near = near or difflib.get_close_matches(key, known, n=2, cutoff=0.7)
     return f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(known)}"
 
 

@@ -33,25 +33,16 @@ Size3 = tuple[int, int, int]  # (time, height, width)
 Place = tuple[Any, Any, Any]  # the same of one place, or arrays of many
 
 
-def check_sides(video: Size3, *, spatial: int, patch: Size3 = (1, 1, 1)) -> None:
-    """Raises ValueError, naming sizes that would do, for sides that are not whole patches of the compressed video."""
-    for name, size, p in zip(("height", "width"), video[1:], patch[1:], strict=True):
-        unit = spatial * p
-        if size < unit or size % unit:
-            cut, of = (f" and cut into patches {patch}", unit) if p > 1 else ("", "it")
-            raise ValueError(
-                f"{name}={size}: space is compressed by {spatial}{cut}, so use a multiple of {of}, "
-                f"e.g. {_neighbours(size, unit, 0)}."
-            )
-
-
-def latent_shape(video: Size3, *, temporal: int, spatial: int, grouping: Grouping = "causal") -> Size3:
+def latent_shape(
+    video: Size3, *, temporal: int, spatial: int, grouping: Grouping = "causal", patch: Size3 = (1, 1, 1)
+) -> Size3:
     """(t, h, w) of the latent of a video of (T, H, W), compressed ``temporal`` and ``spatial`` fold.
 
     Raises:
-      ValueError: if the video does not divide into whole latents; the message names sizes that do.
+      ValueError: if the video does not divide into whole latents, or these into patches; the message names sizes that
+        do.
     """
-    check_sides(video, spatial=spatial)
+    _check_sides(video, spatial=spatial, patch=patch)
     frames, height, width = video
     if grouping == "causal":
         if frames < 1 or (frames - 1) % temporal:
@@ -69,7 +60,9 @@ def latent_shape(video: Size3, *, temporal: int, spatial: int, grouping: Groupin
         latent_frames = frames // temporal
     else:
         raise ValueError(f"grouping={grouping!r}: expected 'causal' or 'uniform'.")
-    return latent_frames, height // spatial, width // spatial
+    latent = latent_frames, height // spatial, width // spatial
+    token_grid(latent, patch)
+    return latent
 
 
 def video_shape(latent: Size3, *, temporal: int, spatial: int, grouping: Grouping = "causal") -> Size3:
@@ -183,6 +176,18 @@ def attention_pairs(grid: Size3, pattern: str = "full", *, window: Size3 | None 
 def compression_ratio(video: Size3, latent: Size3, *, latent_channels: int, video_channels: int = 3) -> float:
     """How many values of the video stand behind one value of the latent."""
     return math.prod(video) * video_channels / (math.prod(latent) * latent_channels)
+
+
+def _check_sides(video: Size3, *, spatial: int, patch: Size3) -> None:
+    """Raises ValueError, naming sizes that would do, for sides that are not whole patches of the compressed video."""
+    for name, size, p in zip(("height", "width"), video[1:], patch[1:], strict=True):
+        unit = spatial * p
+        if size < unit or size % unit:
+            cut, of = (f" and cut into patches {patch}", unit) if p > 1 else ("", "it")
+            raise ValueError(
+                f"{name}={size}: space is compressed by {spatial}{cut}, so use a multiple of {of}, "
+                f"e.g. {_neighbours(size, unit, 0)}."
+            )
 
 
 def _neighbours(size: int, step: int, offset: int) -> str:

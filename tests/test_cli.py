@@ -42,6 +42,8 @@ def test_a_mistyped_flag_names_its_neighbour(failure):
     [
         ("--config.model.widht=128", "has no such key; did you mean model.width?"),
         ("--config.learning_rate=1", "has no such key; did you mean optimizer.learning_rate?"),
+        ("--config.optimizer.lr=1", "has no such key; did you mean optimizer.learning_rate?"),
+        ("--config.lr=1", "has no such key; did you mean optimizer.learning_rate?"),
         ("--config.model.width=wide", "--config.model.width"),
         ("--config.model.width", "expected --config.model.width=VALUE"),
         ("--workdri=x", "did you mean --workdir?"),

@@ -107,6 +107,23 @@ def test_a_typo_is_refused_with_the_near_match():
         base.dit().model.widht = 3
 
 
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("batch_size", "data.buckets"),
+        ("optimizer.lr", "optimizer.learning_rate"),
+        ("lr", "optimizer.learning_rate"),
+        ("optimizer.wd", "optimizer.weight_decay"),
+        ("model.depth", "model.num_layers"),
+        ("model.hidden_size", "model.width"),
+        ("epochs", "total_steps"),
+    ],
+)
+def test_a_key_by_another_name_is_answered_with_ours(key, meant):
+    with pytest.raises(ValueError, match=f"has no such key; did you mean {meant}\\?"):
+        base.load(str(CONFIGS / "quickstart.py:dit"), [f"--config.{key}=1"])
+
+
 def test_frame_by_frame_has_no_temporal_compression():
     config = base.autoencoder()
     assert base.compression(config.model) == dict(temporal=4, spatial=8, grouping="causal")

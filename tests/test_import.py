@@ -40,6 +40,12 @@ def test_public_names_arrive_when_used_and_start_no_backend():
     assert not {"matplotlib", "tensorflow", "tensorflow_datasets", "torch", "backend"} & set(loaded)
 
 
+def test_a_folder_of_its_name_does_not_hide_it(tmp_path):
+    """As beside a clone: what is in no package would be taken for one, before what an editable install finds."""
+    (tmp_path / "stvdm").mkdir()
+    subprocess.run([sys.executable, "-c", "import stvdm; stvdm.Pipeline"], cwd=tmp_path, check=True)
+
+
 def test_an_unknown_name_says_what_there_is():
     import stvdm
 

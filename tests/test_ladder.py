@@ -42,6 +42,7 @@ LADDER = """
     interop.weights
     interop.wan_autoencoder
     interop.towers
+    interop.judges
     interop.lora
     diffusion.flow
     diffusion.schedules

@@ -122,8 +122,12 @@ def test_the_first_frame_of_a_causal_clip_has_tokens_of_its_own():
         (lambda: shapes.latent_shape((9, 64, 3), temporal=4, spatial=8), r"width=3: .* e\.g\. 8\."),
         (lambda: shapes.latent_shape((9, 64, 64), temporal=4, spatial=8, grouping="odd"), "grouping='odd'"),
         (
-            lambda: shapes.check_sides((17, 32, 36), spatial=4, patch=(1, 2, 2)),
+            lambda: shapes.latent_shape((17, 32, 36), temporal=4, spatial=4, patch=(1, 2, 2)),
             r"width=36: space is compressed by 4 .* use a multiple of 8, e.g. 32 or 40",
+        ),
+        (
+            lambda: shapes.latent_shape((9, 64, 64), temporal=4, spatial=8, patch=(2, 1, 1)),
+            r"\(3, 8, 8\) is not a whole number of patches \(2, 1, 1\)",
         ),
         (lambda: shapes.token_grid((5, 7, 8), (1, 2, 2)), r"\(5, 7, 8\) is not a whole number of patches"),
         (lambda: shapes.attention_pairs((1, 1, 1), "fll"), "expected one of"),

@@ -42,6 +42,7 @@ def add(commands: Any) -> None:
         help="default: results.json; with --damage a folder, default: outputs/damage; with --compare a file for the "
         "table, default: none",
     )
+    parts.add_overwrite(command)
     command.add_argument(
         "--features",
         metavar="DIR",
@@ -55,12 +56,16 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--mixed: without effect but for --compare, so name results with that, or leave it out")
     if args.compare:
         _refuse_without_effect(args, "--compare, which makes no clips", num=200, seed=0)
+    elif args.damage:
+        _refuse_without_effect(args, "--damage, which samples no model")
+    output = args.output or ("" if args.compare else "outputs/damage" if args.damage else "results.json")
+    if output:
+        parts.refuse_existing(output, option="--output", overwrite=args.overwrite)
+    if args.compare:
         from stvdm.evaluation import comparison
 
         comparison.main(args.compare, mixed=args.mixed, output=args.output)
         return
-    if args.damage:
-        _refuse_without_effect(args, "--damage, which samples no model")
     parts.keep_compiled_programs()
     if args.damage:
         from stvdm.evaluation import agreement
@@ -68,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
         agreement.main(
             num=args.num,
             seed=args.seed,
-            output=args.output or "outputs/damage",
+            output=output,
             command=shlex.join(["stvdm", *args.argv]),
         )
         return
@@ -82,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
         guidance=args.guidance,
         sampler=args.sampler,
         batch=args.batch,
-        output=args.output or "results.json",
+        output=output,
         features=args.features,
     )
 

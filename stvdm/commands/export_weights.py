@@ -26,6 +26,7 @@ def add(commands: Any) -> None:
         help="what `stvdm import` or a training wrote; 'bundled' for StableHLO",
     )
     command.add_argument("--to", required=True, metavar="DIR", help="folder of the other format")
+    parts.add_overwrite(command)
     command.add_argument(
         "--format", choices=("diffusers", "original", "stablehlo"), default="diffusers", help="(default diffusers)"
     )
@@ -54,6 +55,7 @@ def run(args: argparse.Namespace) -> None:
     if args.format == "stablehlo":
         if args.raw:
             raise ValueError("--raw: programs are written with the averaged weights; leave it out, or choose a format")
+        parts.refuse_existing(args.to, option="--to", overwrite=args.overwrite)
         import jax
 
         jax.config.update("jax_platforms", "cpu")  # programs are for all kinds of devices, and nothing is computed
@@ -65,6 +67,7 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.clip:
         raise ValueError("--clip: weights are for clips of any size; it is for --format=stablehlo")
+    parts.refuse_existing(args.to, option="--to", overwrite=args.overwrite)
     from stvdm.interop import wan_model
 
     params = None

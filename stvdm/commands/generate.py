@@ -3,12 +3,13 @@
 
 import argparse
 import hashlib
+import itertools
 import json
 import platform
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ def add(commands: Any) -> None:
         "make clips from prompts",
         'stvdm generate "a red ball bounces to the right" "a blue square grows" --seed 3 --output outputs/clips',
         "For each clip an .mp4, a .gif and a .json with all that it takes to make it again; contact.png shows all. "
-        "Options left out take the value that comes with the checkpoint.",
+        "What is there already stays: another file of its name gets a number. Options left out take the value that "
+        "comes with the checkpoint.",
     )
     command.add_argument("prompts", nargs="+", metavar="PROMPT", help="what should be seen; quote each prompt")
     command.add_argument("--num", type=parts.count, default=1, metavar="N", help="clips for each prompt (default 1)")
@@ -46,6 +48,7 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    _refuse_words(args.prompts)
     parts.keep_compiled_programs()
     import jax
 
@@ -79,7 +82,9 @@ def run(args: argparse.Namespace) -> None:
         )
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
-    stems = _stems(result.prompts, result.seeds)
+    there = {path.stem for path in output.iterdir()}
+    stems = _stems(result.prompts, result.seeds, there)
+    contact = output / f"{_unused('contact', there)}.png"
     for stem, prompt, seed, clip, latent in zip(
         stems, result.prompts, result.seeds, result.videos, result.latents, strict=True
     ):
@@ -98,10 +103,10 @@ def run(args: argparse.Namespace) -> None:
             "machine": platform.platform(),
         }
         (output / f"{stem}.json").write_text(json.dumps(record, indent=2, default=parts.plain) + "\n", encoding="utf-8")
-    video.contact_sheet(list(result.videos), result.prompts).save(output / "contact.png")
+    video.contact_sheet(list(result.videos), result.prompts).save(contact)
     for stem in stems:
         print(output / f"{stem}.mp4")
-    print(output / "contact.png")
+    print(contact)
 
 
 def _image(path: str) -> Any:
@@ -112,17 +117,27 @@ def _image(path: str) -> Any:
     return video.read_video(path, num_frames=1, fps=1, height=info.height, width=info.width)[0]
 
 
-def _stems(prompts: Sequence[str], seeds: Sequence[int]) -> list[str]:
+def _refuse_words(prompts: Sequence[str]) -> None:
+    """Prompts of a word each, one after the other, are one whose quotes were left out."""
+    if any(len(one.split()) == len(other.split()) == 1 for one, other in itertools.pairwise(prompts)):
+        raise ValueError(
+            f"{len(prompts)} prompts, some of a single word: the shell splits what is not in quotes, so write stvdm "
+            f'generate "{" ".join(prompts)}"; for clips of single words give a command each'
+        )
+
+
+def _stems(prompts: Sequence[str], seeds: Sequence[int], there: Collection[str] = ()) -> list[str]:
     """File names without suffix: a-red-ball-0; another clip of the same name is a-red-ball-0-2."""
     stems: list[str] = []
     for prompt, seed in zip(prompts, seeds, strict=True):
         slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:80].strip("-") or "clip"
-        name = stem = f"{slug}-{seed}"
-        repeat = 2
-        while stem in stems:
-            stem, repeat = f"{name}-{repeat}", repeat + 1
-        stems.append(stem)
+        stems.append(_unused(f"{slug}-{seed}", {*there, *stems}))
     return stems
+
+
+def _unused(name: str, there: Collection[str]) -> str:
+    """The name, or with the first number from 2 on that is not taken."""
+    return next(stem for stem in (name, *(f"{name}-{n}" for n in range(2, len(there) + 3))) if stem not in there)
 
 
 def _versions() -> dict[str, str]:

@@ -28,6 +28,7 @@ def add(commands: Any) -> None:
         help="a model's folder, that of its transformer or autoencoder alone, or OWNER/NAME on the hub",
     )
     command.add_argument("--to", required=True, metavar="DIR", help="folder of the model in our format")
+    parts.add_overwrite(command)
     command.add_argument("--vae", metavar="DIR", help="safetensors of the autoencoder, if not in the model's vae/")
     command.add_argument("--tower", metavar="DIR", help="the UMT5 that reads prompts, if not the model's text_encoder/")
     command.add_argument(
@@ -39,6 +40,7 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    parts.refuse_existing(args.to, option="--to", overwrite=args.overwrite)
     from stvdm.interop import wan_model
 
     about = wan_model.bring(args.source, args.to, autoencoder=args.vae, tower=args.tower, dtype=args.dtype)

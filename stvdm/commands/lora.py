@@ -17,17 +17,25 @@ def add(commands: Any) -> None:
         run,
         "low-rank adapters: from the files of others, into them, or into the weights they are for",
         "stvdm lora export --from=runs/adapters --to=style.safetensors --format=comfyui",
-        "They are trained with --config.lora.rank and --config.start_from, and sampled with `stvdm generate --lora`.",
+        "Low-rank adapters (LoRA) are small matrices that are added to the large ones of a model, its base, which stay "
+        "as they are: a style in megabytes. They are trained with --config.lora.rank, how thin they are, and "
+        "--config.start_from, the base; and sampled with `stvdm generate --checkpoint=BASE --lora=RUN:WEIGHT`. "
+        "ComfyUI, PEFT and diffusers each have names of their own for the same matrices.",
     )
     command.add_argument(
         "action",
         choices=("import", "export", "merge"),
-        help="import: a file, for the model --base; export: a run's; merge: --lora into the weights of --base",
+        help="import: a file of others --from, as adapters --to for the model --base; export: those of a run --from, "
+        "as a file --to for others; merge: adds --lora to the weights of --base, as a whole model --to",
     )
-    command.add_argument("--from", dest="source", metavar="PATH", help="a file or folder of safetensors; a run")
-    command.add_argument("--base", metavar="DIR", help="the model that they are for")
+    command.add_argument(
+        "--from", dest="source", metavar="PATH", help="of an import a file or folder of safetensors; of an export a run"
+    )
+    command.add_argument("--base", metavar="DIR", help="the model that they were trained beside, which they change")
     command.add_argument("--to", required=True, metavar="PATH", help="a file (or, for PEFT, a folder); else a folder")
-    command.add_argument("--format", choices=FORMATS, default="comfyui", help="of an export (default: comfyui)")
+    command.add_argument(
+        "--format", choices=FORMATS, default="comfyui", help="of an export: whose names and files (default: comfyui)"
+    )
     parts.add_adapters(command)
 
 

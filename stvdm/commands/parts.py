@@ -63,6 +63,21 @@ def add_adapters(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_overwrite(command: argparse.ArgumentParser) -> None:
+    """--overwrite, without which `refuse_existing` refuses."""
+    command.add_argument("--overwrite", action="store_true", help="write over what is there (default: refuse to)")
+
+
+def refuse_existing(path: str, *, option: str, overwrite: bool) -> None:
+    """Raises ValueError for an output that is there, a file or a folder with something in it, before any work."""
+    from etils import epath
+
+    place = epath.Path(path).expanduser()
+    if overwrite or not place.exists() or (place.is_dir() and not any(place.iterdir())):
+        return
+    raise ValueError(f"{option}={path}: this is there already; name another, or add --overwrite to write over it")
+
+
 def count(text: str) -> int:
     """A whole number of at least 1, for argparse."""
     try:

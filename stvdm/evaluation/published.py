@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from stvdm.interop import towers
+from stvdm.interop import judges
 from stvdm.models import clip, i3d, videomae
 
 NAMES = ("clip", "i3d", "videomae", "lpips")
@@ -34,10 +34,10 @@ OF_VIDEOS = ("i3d", "videomae")  # those that give features of clips
 class Judges:
     """The networks of a folder; a score whose network is not there raises."""
 
-    clip: towers.Clip | None = None
-    i3d: towers.Tower | None = None
-    videomae: towers.Tower | None = None
-    lpips: towers.Tower | None = None
+    clip: judges.Clip | None = None
+    i3d: judges.Network | None = None
+    videomae: judges.Network | None = None
+    lpips: judges.Network | None = None
 
     @classmethod
     def load(cls, folder: epath.PathLike) -> Judges:
@@ -53,7 +53,7 @@ class Judges:
                 f"--features={folder}: expected a folder with any of {', '.join(f'{name}/' for name in NAMES)}, each "
                 "with the safetensors that its authors published."
             )
-        return cls(**{name: getattr(towers, name)(source / name) for name in found})
+        return cls(**{name: getattr(judges, name)(source / name) for name in found})
 
     def digests(self) -> dict[str, str]:
         """Network -> SHA-256 of its weights as they are used: scores of two networks of one name are not comparable."""

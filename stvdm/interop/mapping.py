@@ -28,6 +28,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
@@ -182,6 +184,16 @@ def into(shapes: Tree, source: Mapping[str, np.ndarray], rules: Rules, *, dtype:
             + "\n  - ".join(problems[:12] + more)
         )
     return traverse_util.unflatten_dict(found, sep="/")
+
+
+def shapes_of(model: nn.Module, *inputs: jax.Array) -> Tree:
+    """Shapes of all parameters of a network that is given these."""
+    return nn.unbox(boxed_shapes_of(model, *inputs))
+
+
+def boxed_shapes_of(model: nn.Module, *inputs: jax.Array) -> Tree:
+    """The same with the logical names of their dimensions."""
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), *inputs)["params"])
 
 
 def turned(kernel: np.ndarray) -> np.ndarray:

@@ -34,7 +34,7 @@ from flax import traverse_util
 from jax import export
 
 from stvdm import shapes, sharding, tensor_files
-from stvdm.checkpoint import DESCRIPTION, WEIGHTS
+from stvdm.checkpoint import WEIGHTS, describe_model
 from stvdm.diffusion import flow
 from stvdm.interop import mapping, wan, wan_autoencoder, wan_model, weights
 from stvdm.models import autoencoder3d
@@ -87,10 +87,7 @@ def write(
             "JAX_PLATFORMS=cpu; nothing is computed here."
         )
     folder, out, kind = pipeline.model_folder(place), epath.Path(target).expanduser(), jnp.dtype(dtype)
-    missing = [name for name in (WEIGHTS, DESCRIPTION) if not (folder / name).exists()]
-    if missing:
-        raise FileNotFoundError(f"{folder}: expected a model, found no {' and no '.join(missing)}.")
-    description, source = json.loads((folder / DESCRIPTION).read_text()), weights.Weights(folder / WEIGHTS)
+    description, source = describe_model(folder), weights.Weights(folder / WEIGHTS)
     programs = _programs(folder, description, source, size, kind)
     out.mkdir(parents=True, exist_ok=True)
     said: dict[str, dict[str, Any]] = {}
@@ -104,12 +101,12 @@ def write(
         params = {found: jax.ShapeDtypeStruct(source.shapes[found], kind) for found in names}
         about = _exported(out / f"{name}.jax", program, params)
         said[name] = {"file": f"{name}.jax", "weights": files[program.weights], **about}
-    settings = description.get("config")
+    settings: Any = description.get("config")
     whole = {"programs": said, "platforms": PLATFORMS, "jax": jax.__version__, "config": settings}
     beside = [PROGRAMS]
     if {"text", "velocity"} <= said.keys():
         coder = pipeline.autoencoder_of(description["autoencoder"])
-        latent_thw = coder.latent_shape(size or pipeline.largest_clip(settings))
+        latent_thw = programs["velocity"].inputs["latent_Bthwz"].shape[1:4]
         whole["shift"] = settings["sample"]["shift"] or pipeline.shift_of(latent_thw, coder, settings)
         (out / EXAMPLE).write_text(_EXAMPLE)
         beside.append(EXAMPLE)
@@ -159,7 +156,9 @@ def _programs(
         for name, (dit, _) in wan_model.held(folder).transformers.items():
             coder = wan_autoencoder.WAN_2_2 if dit.latent_channels == 48 else wan_autoencoder.WAN_2_1
             reads = dict(text_BSE=array(_WAN_WORDS, dit.text_width, dtype=dtype))
-            velocity = _velocity(array, name, dit.copy(dtype=dtype), coder.latent_shape(size or _WAN_CLIP), reads)
+            velocity = _velocity(
+                array, name, dit.copy(dtype=dtype), coder.latent_shape(size or _WAN_CLIP, dit.patch), reads
+            )
             made[f"velocity{name.removeprefix('dit')}"] = velocity
         if not made:
             raise ValueError(f"{folder}: an autoencoder alone, expected a model that makes clips; train one on it.")
@@ -167,10 +166,10 @@ def _programs(
 
     settings, text = description["config"], description["config"]["text"]
     coder = pipeline.autoencoder_of(description["autoencoder"]).copy(dtype=dtype)
-    latent = coder.latent_shape(size or pipeline.largest_clip(settings))
     plain = {**settings, "model": {**settings["model"], "matmul": "", "dtype": dtype.name}}
     num_words = source.shapes.get("text/words", (0,))[0]
     models = pipeline.build(plain, latent_channels=coder.latent_channels, num_words=num_words)
+    latent = coder.latent_shape(size or pipeline.largest_clip(settings), models.dit.patch)
     of_words = dict(mask_BS=array(text["max_tokens"], dtype=jnp.bool_))
     reads = of_words | dict(text_BSE=array(text["max_tokens"], text["width"]))
     objective = denoising.objective(settings["flow"])

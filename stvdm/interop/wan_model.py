@@ -39,7 +39,7 @@ from ml_collections import ConfigDict
 
 from stvdm import config as base
 from stvdm import tensor_files
-from stvdm.checkpoint import DESCRIPTION, WEIGHTS
+from stvdm.checkpoint import DESCRIPTION, WEIGHTS, describe_model
 from stvdm.interop import mapping, wan, wan_autoencoder, weights
 from stvdm.models.autoencoder3d import Autoencoder
 from stvdm.models.dit import DiT
@@ -278,12 +278,7 @@ def held(place: epath.PathLike) -> Held:
         velocity from data to noise on straight paths, which is what Wan's formats mean.
     """
     folder = pipeline.model_folder(place)
-    missing = [name for name in (WEIGHTS, DESCRIPTION) if not (folder / name).exists()]
-    if missing:
-        raise FileNotFoundError(
-            f"{folder}: expected what `stvdm import` or a training wrote, found no {' and no '.join(missing)}."
-        )
-    description = json.loads((folder / DESCRIPTION).read_text())
+    description = describe_model(folder)
     kind, dits = description["kind"], {}
     file = weights.Weights(folder / WEIGHTS)
     if kind == _KIND:

@@ -78,9 +78,11 @@ class Autoencoder(nn.Module):
         """Pixels along height, and along width, for one latent position."""
         return self.unshuffle * 2 ** sum(self.spatial_down)
 
-    def latent_shape(self, video: Triple) -> Triple:
-        """(t, h, w) of the latent of a video of (T, H, W); a ValueError names sizes that work."""
-        return shapes.latent_shape(video, temporal=self.temporal, spatial=self.spatial, grouping=self._grouping)
+    def latent_shape(self, video: Triple, patch: Triple = (1, 1, 1)) -> Triple:
+        """(t, h, w) of the latent of a video of (T, H, W); a ValueError names sizes that work, also of patches."""
+        return shapes.latent_shape(
+            video, temporal=self.temporal, spatial=self.spatial, grouping=self._grouping, patch=patch
+        )
 
     def video_shape(self, latent: Triple) -> Triple:
         """(T, H, W) of the video that a latent of (t, h, w) decodes to."""

@@ -6,7 +6,7 @@ one space.
     image.embedding_BE = W_i LayerNorm(Layers(LayerNorm([class] patches + positions))[class])
     logits = exp(scale) cos(text, image)
 
-    clip, params, tokenizer = towers.clip("openai/clip-vit-base-patch32")        # stvdm.interop.towers
+    clip, params, tokenizer = judges.clip("openai/clip-vit-base-patch32")        # stvdm.interop.judges
     said = clip.apply({"params": params}, tokenizer(["a red ball"])[0], method="read")
     seen = clip.apply({"params": params}, prepare(frames_BHWC), method="look")   # `prepare`: bytes as it wants them
 

@@ -6,7 +6,7 @@ Kinetics-400 are what the Frechet video distance looks at (Unterthiner et al. 20
     stem: 7x7x7 /2 · pool 1x3x3 /(1,2,2) · 1x1x1 · 3x3x3 · pool · 2 blocks · pool 3x3x3 /2 · 5 blocks · pool 2x2x2 /2 ·
     2 blocks · mean over 2x7x7 · 1x1x1 to logits · mean over time
 
-    model, params = towers.i3d("i3d")                                       # stvdm.interop.towers
+    model, params = judges.i3d("i3d")                                       # stvdm.interop.judges
     features_BD = model.apply({"params": params}, prepare(video_BTHWC))     # 400 of each clip
 
 It cannot see much of time: what Kinetics' actions are is seen in single frames, so that the distance forgives broken

@@ -4,7 +4,7 @@ was fitted to people's judgement.
 
     d(x, y) = sum over five layers l of the mean over places of  w_l · (f_l(x) / |f_l(x)| - f_l(y) / |f_l(y)|)²
 
-    model, params = towers.lpips("lpips")                           # stvdm.interop.towers
+    model, params = judges.lpips("lpips")                           # stvdm.interop.judges
     distance_B = model.apply({"params": params}, x_BHWC, y_BHWC)    # images in [-1, 1]
 
 0 for equal images. It cannot see time: of a clip it is the mean over frames, so that flicker costs what it costs each

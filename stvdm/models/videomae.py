@@ -5,7 +5,7 @@ over blocks of 2 frames x 16 x 16 pixels, taught to fill in what is hidden.
     tokens = blocks W + b + sines of their place in the row of all;   hidden = Layers(tokens)
     features = LayerNorm(mean of hidden)
 
-    model, params = towers.videomae("videomae")                              # stvdm.interop.towers
+    model, params = judges.videomae("videomae")                              # stvdm.interop.judges
     features_BD = model.apply({"params": params}, prepare(video_BTHWC)).features_BD
 
 Its features are what the content-debiased Frechet video distance looks at (Ge et al. 2024, arXiv:2404.12391), there of

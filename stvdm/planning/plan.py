@@ -132,7 +132,7 @@ def outline(config: ConfigDict, coder: Autoencoder) -> Outline:
     patch = tuple(config.model.patch) if config.kind == "dit" else (1, 1, 1)
     clips = []
     for T, H, W, batch, weight in config.data.buckets:
-        latent = coder.latent_shape((T, H, W))
+        latent = coder.latent_shape((T, H, W), patch)
         grid, other = shapes.token_grid(latent, patch), _other_grouping(coder, (T, H, W), patch)
         patterns = tuple(_pairs(pattern) for pattern in _patterns(config, grid))
         clips.append(Clip((T, H, W), latent, grid, batch, weight, patterns, other))

@@ -77,13 +77,13 @@ class Planner:
             where, num_slices=self.num_slices
         )  # raises here, not for every mesh, if it cannot be compiled for
 
-        chip = chips.CHIPS[chips.chip_of(where)]
+        chip = chips.chip_of(where)
         matmul = self.config.model.matmul if self.config.kind == "dit" else ""
 
         def arithmetic(remat: str) -> float:
             edited = self.config.copy_and_resolve_references()
             edited.model.remat = remat
-            return chips.arithmetic_seconds(self.outline(edited)["block_flops"], chip, matmul)
+            return chips.arithmetic_seconds(self.outline(edited)["block_flops"], chips.CHIPS[chip], matmul)
 
         return search_lib.search(
             self.config,

@@ -80,7 +80,7 @@ def search(
     config: ConfigDict,
     outline: Json,
     *,
-    chip: Chip,
+    chip: str,
     num_devices: int,
     num_slices: int = 1,
     ask: Callable[[ConfigDict], Json],
@@ -93,7 +93,7 @@ def search(
     Args:
       config: its mesh, remat policy and micro-batches are what is searched; all else stays.
       outline: its plan, not compiled.
-      chip: a row of `CHIPS`.
+      chip: its name in `CHIPS`.
       num_devices, num_slices: what to spread it over.
       ask: the compiled part of the plan of an edited config.
       arithmetic: the least seconds of a whole step under a remat policy, on one device.
@@ -109,13 +109,13 @@ def search(
             f"no mesh of {num_devices} devices in {num_slices} slices divides the batch of "
             f"{config.data.buckets[0][3]} clips and the model; change data.buckets' batch or take fewer devices."
         )
-    limit_bytes = chip.memory_gib * 2**30
+    limit_bytes = CHIPS[chip].memory_gib * 2**30
     state_bytes = STATE_BYTES * sum(outline["parameters"].values())
     policies = _worthwhile(REMAT[config.kind], arithmetic)
     least = arithmetic(policies[0])
     meshes = sorted(
         (
-            (_estimate(config, outline, least, chip, mesh, num_slices), i, mesh)
+            (_estimate(config, outline, least, CHIPS[chip], mesh, num_slices), i, mesh)
             for i, mesh in enumerate(possible)
             if state_bytes / (mesh["fsdp"] * mesh["context"] * mesh["tensor"]) <= limit_bytes
         )
@@ -152,8 +152,7 @@ def search(
     if found.best:
         return found
     needed = math.ceil(found.least_bytes / limit_bytes) * num_devices
-    name = next(name for name, row in CHIPS.items() if row == chip)
-    larger = (f"{name}:{shape}" for shape in SLICES[name])
+    larger = (f"{chip}:{shape}" for shape in SLICES[chip])
     enough = (where for where in larger if devices_of(where, num_slices=num_slices) >= max(needed, num_devices + 1))
     has_mesh = (
         where for where in enough if any(_meshes(config, outline, devices_of(where, num_slices=num_slices), num_slices))

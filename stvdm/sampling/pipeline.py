@@ -271,9 +271,7 @@ class Pipeline:
         if seeds is not None:
             videos_to_make = list(zip(prompts, seeds, strict=True))
         self._check(prompts, [s for _, s in videos_to_make], chosen, num)
-        shapes.check_sides(shape, spatial=self.autoencoder.spatial, patch=self.models.dit.patch)
-        latent_thw = self.autoencoder.latent_shape(shape)
-        shapes.token_grid(latent_thw, self.models.dit.patch)  # refuses what the patches do not divide
+        latent_thw = self.autoencoder.latent_shape(shape, self.models.dit.patch)
         trained = [tuple(bucket[:3]) for bucket in self.settings["data"]["buckets"]]
         if shape not in trained:
             known = ", ".join(map(str, trained))

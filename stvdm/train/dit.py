@@ -546,7 +546,7 @@ def check_buckets(config: ConfigDict, coder: autoencoder3d.Autoencoder) -> None:
     """
     for T, H, W, *_ in config.data.buckets:
         try:
-            shapes.token_grid(coder.latent_shape((T, H, W)), tuple(config.model.patch))
+            coder.latent_shape((T, H, W), tuple(config.model.patch))
         except ValueError as error:
             raise ValueError(f"data.buckets {(T, H, W)}: {error}") from error
 

@@ -11,12 +11,18 @@
                 preemption.leave(checkpoints)     # exit status 75: give the same command again
 
 With `jax.distributed` a signal to any process counts: its coordination service names a step that none has reached yet.
+A process that is alone leaves at once if it has not made a step yet, as there is nothing to save: not even the
+compiler, which keeps Python's handlers waiting for minutes, holds it up.
 """
 
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
+import os
 import signal
+import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
@@ -45,7 +51,13 @@ def watch() -> Iterator[Callable[[int], bool]]:
 
     before = signal.signal(signal.SIGTERM, handle)
     try:
-        yield lambda step: asked.is_set()
+        with _nothing_made_yet() as made_some:
+
+            def must_leave(step: int) -> bool:
+                made_some()
+                return asked.is_set()
+
+            yield must_leave
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -58,3 +70,37 @@ def leave(checkpoints: Checkpoints) -> NoReturn:
     """
     checkpoints.wait()
     raise SystemExit(RESUME)
+
+
+@contextlib.contextmanager
+def _nothing_made_yet() -> Iterator[Callable[[], None]]:
+    """Has SIGTERM end the process with status 75 at once, until the function that it gives is called.
+
+    A handler of Python's runs in the main thread between two of its own instructions, so not in the compiler. What the
+    interpreter does as the signal comes is to write its number to the wake-up file; another thread reads that.
+    """
+    heard, tell = socket.socketpair()
+    tell.setblocking(False)
+    over = threading.Lock()  # held from then on
+
+    def listen() -> None:
+        while number := heard.recv(1):
+            if number[0] == signal.SIGTERM and over.acquire(blocking=False):
+                print("asked to stop before the first step: there is nothing to save", file=sys.stderr, flush=True)
+                for worker in multiprocessing.active_children():  # which reads clips
+                    worker.kill()
+                os._exit(RESUME)
+
+    def made_some() -> None:
+        over.acquire(blocking=False)
+
+    listener = threading.Thread(target=listen, name="before the first step", daemon=True)
+    listener.start()
+    before = signal.set_wakeup_fd(tell.fileno(), warn_on_full_buffer=False)
+    try:
+        yield made_some
+    finally:
+        signal.set_wakeup_fd(before)
+        tell.close()
+        listener.join()
+        heard.close()

@@ -24,7 +24,17 @@ def test_evaluate_passes_everything_on(calls):
     }
 
 
-def test_evaluate_writes_where_it_always_did(calls):
+def test_results_are_not_written_over_unasked(calls, failure, tmp_path):
+    (tmp_path / "r.json").write_text("hours of work")
+    for how in ([], ["--damage"], ["--compare", "a.json", "b.json"]):
+        said = failure("evaluate", f"--output={tmp_path / 'r.json'}", *how)
+        assert "this is there already; name another, or add --overwrite" in said
+    assert not calls
+    assert cli.main(["evaluate", f"--output={tmp_path / 'r.json'}", "--overwrite"]) == 0 and calls
+
+
+def test_evaluate_writes_where_it_always_did(calls, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert cli.main(["evaluate"]) == 0
     assert calls[0][2]["output"] == "results.json" and calls[0][2]["num"] == 200
 

@@ -22,7 +22,7 @@ def published(tmp_path):
     return folder
 
 
-def test_weights_come_in_and_go_out_as_they_were(published, tmp_path, capsys):
+def test_weights_come_in_and_go_out_as_they_were(published, tmp_path, capsys, failure):
     assert cli.main(["import", f"--from={published.parent}", f"--to={tmp_path}/ours"]) == 0
     said = capsys.readouterr()
     assert "no autoencoder comes with it" in said.err
@@ -34,6 +34,11 @@ def test_weights_come_in_and_go_out_as_they_were(published, tmp_path, capsys):
     assert given.keys() == written.keys()
     for name, tensor in given.items():
         np.testing.assert_array_equal(written[name], tensor)
+    again = ["export", f"--from={tmp_path}/ours", f"--to={tmp_path}/back", "--format=diffusers"]
+    assert f"--to={tmp_path}/back: this is there already" in failure(*again)
+    assert "there already" in failure("import", f"--from={published.parent}", f"--to={tmp_path}/ours")
+    assert "there already" in failure(*again[:-1], "--format=stablehlo")
+    assert cli.main([*again, "--overwrite"]) == 0
 
 
 def test_weights_that_do_not_fit_are_one_error_and_nothing_is_written(published, tmp_path, failure):
@@ -51,6 +56,6 @@ def test_programs_of_any_model(tiny_model, tmp_path, capsys, failure):
     assert f"{tmp_path}/programs/velocity.jax\n" in capsys.readouterr().out
     said = json.loads((tmp_path / "programs" / "programs.json").read_text())["programs"]["velocity"]
     assert said["outputs"] == {"velocity_Bthwz": "float32[B, 3, 4, 8, 4]"}
-    assert "multiple" in failure(*words[:-1], "--clip=5x17x32")
+    assert "multiple" in failure(*words[:-1], "--clip=5x17x32", "--overwrite")
     assert "--clip" in failure(*words[:-2], "--clip=5x16x16")
     assert "--raw" in failure(*words, "--raw")

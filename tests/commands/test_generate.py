@@ -76,6 +76,28 @@ def test_clips_of_one_name_do_not_overwrite_each_other():
     ]
 
 
+def test_earlier_clips_are_never_lost(tmp_path, generated, capsys):
+    command = ["generate", "a red ball", f"--output={tmp_path}"]
+    for _ in range(3):
+        assert cli.main(command) == 0
+        (tmp_path / "a-red-ball-0.gif").write_text("mine")
+    said = capsys.readouterr().out.splitlines()
+    assert said[-2:] == [f"{tmp_path}/a-red-ball-0-3.mp4", f"{tmp_path}/contact-3.png"]
+    stems = ["a-red-ball-0", "a-red-ball-0-2", "a-red-ball-0-3"]
+    sheets = {"contact.png", "contact-2.png", "contact-3.png"}
+    clips = {f"{stem}.{kind}" for stem in stems for kind in ("mp4", "gif", "json")}
+    assert {path.name for path in tmp_path.iterdir()} == clips | sheets
+    assert (tmp_path / "a-red-ball-0.gif").read_text() == "mine"
+
+
+def test_a_prompt_without_quotes_is_no_prompt_for_each_word(tmp_path, generated, failure):
+    said = failure("generate", "a", "red", "ball", f"--output={tmp_path}")
+    assert "3 prompts" in said and 'write stvdm generate "a red ball"; ' in said
+    assert "write" in failure("generate", "a red ball", "grows", "slowly")
+    assert not generated
+    assert cli.main(["generate", "sunset", "a red ball", "rain", f"--output={tmp_path}"]) == 0
+
+
 def test_generate_passes_its_options_on_and_leaves_the_rest_to_the_checkpoint(tmp_path, generated):
     words = "generate x --steps 5 --guidance 2.5 --sampler dpm++ --frames 9 --height 32 --checkpoint runs/dit --output"
     assert cli.main([*words.split(), str(tmp_path)]) == 0

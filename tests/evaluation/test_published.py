@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from stvdm.evaluation import published
-from stvdm.interop import mapping, towers
+from stvdm.interop import mapping
+from stvdm.interop.judges import I3D_RULES, LPIPS_RULES, Network, i3d_shapes, lpips_shapes
 from stvdm.models import clip, i3d, lpips, videomae
 
 
@@ -54,7 +55,7 @@ def test_the_clip_score_does_not_see_time(judges):
 
 def tiny_i3d():
     model, source = i3d.I3D(**foreign.I3D), foreign.weights(foreign.golden()["i3d"]["shapes"])
-    return towers.Tower(model, mapping.into(towers.i3d_shapes(model), source, towers.I3D_RULES))
+    return Network(model, mapping.into(i3d_shapes(model), source, I3D_RULES))
 
 
 def test_features_are_of_prepared_clips(judges):
@@ -76,8 +77,8 @@ def test_lpips_of_a_clip_is_the_mean_over_its_frames():
     trunk = foreign.LPIPS_TRUNKS["alex"]
     model = lpips.LPIPS(trunk, lpips.POOLS["alex"])
     source = foreign.weights(foreign.golden()["lpips"]["alex"]["shapes"])
-    params = mapping.into(towers.lpips_shapes(model), source, towers.LPIPS_RULES)
-    judges = published.Judges(lpips=towers.Tower(model, params))
+    params = mapping.into(lpips_shapes(model), source, LPIPS_RULES)
+    judges = published.Judges(lpips=Network(model, params))
     one, other = videos(2, size=40), videos(3, size=40)[:2]
     frames = jax.jit(model.apply)({"params": params}, *(v[0] / np.float32(127.5) - 1 for v in (one, other)))
     found = judges.lpips_distance(one, other, batch=4)

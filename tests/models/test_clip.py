@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stvdm.interop import mapping, towers
+from stvdm.interop import judges, mapping, towers
 from stvdm.models import clip
 
 GOLDEN = foreign.golden()["clip"]
@@ -84,15 +84,15 @@ def test_images_are_prepared_as_the_reference_does(name):
 )
 def test_published_sizes(text, image, embedding, millions):
     model = towers.clip_of({"text_config": text, "vision_config": image, "projection_dim": embedding})
-    assert towers.num_parameters(towers.clip_shapes(model)) == round(millions * 1e6)
+    assert foreign.num_parameters(towers.clip_shapes(model)) == round(millions * 1e6)
 
 
 def test_published_size_of_the_tower_that_wan_looks_with():
     """ViT-H/14 without the way to the shared space, as in image_encoder/: 257 tokens of 1280."""
     huge = dict(hidden_size=1280, intermediate_size=5120, num_attention_heads=16, num_hidden_layers=32, patch_size=14)
     model = towers.clip_of({"vision_config": huge | {"hidden_act": "gelu"}}).image.clone(embedding=None)
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 224, 224, 3)))["params"])
-    assert towers.num_parameters(shapes) == 630_766_080
+    shapes = mapping.shapes_of(model, jnp.zeros((1, 224, 224, 3)))
+    assert foreign.num_parameters(shapes) == 630_766_080
     seen = jax.eval_shape(lambda params: model.apply({"params": params}, jnp.zeros((1, 224, 224, 3))), shapes)
     assert seen.layers_BND[-2].shape == (1, 257, 1280)
 
@@ -110,7 +110,7 @@ def test_a_folder_is_read_whole(tmp_path, tiny):
     vocabulary, merges = foreign.byte_pairs()
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
     (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges), ""]))
-    read = towers.clip(tmp_path)
+    read = judges.clip(tmp_path)
     assert read.model == model
     jax.tree.map(np.testing.assert_array_equal, read.params, params)
     with pytest.warns(UserWarning, match="23 tokens, and the model reads 19"):

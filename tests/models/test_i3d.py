@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stvdm.interop import mapping, towers
+from stvdm.interop import judges, mapping
 from stvdm.models import i3d
 
 GOLDEN = foreign.golden()["i3d"]
@@ -17,7 +17,7 @@ TOLERANCE = 1e-5  # of the size of the values, float32
 @pytest.fixture(scope="module")
 def tiny():
     model = i3d.I3D(**foreign.I3D)
-    return model, mapping.into(towers.i3d_shapes(model), foreign.weights(GOLDEN["shapes"]), towers.I3D_RULES)
+    return model, mapping.into(judges.i3d_shapes(model), foreign.weights(GOLDEN["shapes"]), judges.I3D_RULES)
 
 
 def test_logits_are_those_of_the_reference(tiny):
@@ -27,7 +27,7 @@ def test_logits_are_those_of_the_reference(tiny):
 
 
 def test_its_published_size():
-    shapes = towers.i3d_shapes(i3d.I3D())
+    shapes = judges.i3d_shapes(i3d.I3D())
     flat = jax.tree_util.tree_leaves_with_path(shapes)
     trained = sum(leaf.size for path, leaf in flat if path[-1].key not in ("mean", "var"))
     assert trained == 12_697_264  # of the PyTorch port with 400 classes
@@ -36,7 +36,7 @@ def test_its_published_size():
 def test_weights_are_read_and_the_number_of_classes_with_them(tmp_path):
     from safetensors.numpy import save_file
 
-    shapes = towers.i3d_shapes(i3d.I3D(num_classes=3))
+    shapes = judges.i3d_shapes(i3d.I3D(num_classes=3))
     source = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
         *blocks, module, last = [key.key for key in path]
@@ -47,7 +47,7 @@ def test_weights_are_read_and_the_number_of_classes_with_them(tmp_path):
         source[".".join([*blocks, words[last]])] = np.zeros(shape, np.float16)
     assert "Mixed_4f.b2b.conv3d.weight" in source and "Conv3d_1a_7x7.bn.running_var" in source
     save_file(source, tmp_path / "i3d.safetensors")
-    assert towers.i3d(tmp_path).model == i3d.I3D(num_classes=3)
+    assert judges.i3d(tmp_path).model == i3d.I3D(num_classes=3)
 
 
 def test_clips_are_stretched_as_the_reference_does():

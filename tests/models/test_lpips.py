@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from stvdm.interop import mapping, towers
+from stvdm.interop import judges, mapping
 from stvdm.models import lpips
 
 GOLDEN = foreign.golden()["lpips"]
@@ -17,7 +17,7 @@ X, Y = (foreign.inputs(name, (3, 41, 37, 3)) * 0.5 for name in ("x", "y"))
 
 def tiny(trunk):
     model = lpips.LPIPS(foreign.LPIPS_TRUNKS[trunk], lpips.POOLS[trunk])
-    params = mapping.into(towers.lpips_shapes(model), foreign.weights(GOLDEN[trunk]["shapes"]), towers.LPIPS_RULES)
+    params = mapping.into(judges.lpips_shapes(model), foreign.weights(GOLDEN[trunk]["shapes"]), judges.LPIPS_RULES)
     return model, params
 
 
@@ -42,8 +42,8 @@ def test_equal_images_are_at_no_distance_and_order_does_not_matter():
 def test_published_sizes_and_both_layouts(trunk, convolutions, heads, tmp_path):
     """torchvision's trunk beside the package's heads, and the package's whole module."""
     model = lpips.LPIPS({"alex": lpips.ALEX, "vgg": lpips.VGG16}[trunk], lpips.POOLS[trunk])
-    shapes = towers.lpips_shapes(model)
-    assert towers.num_parameters(shapes) == convolutions + heads
+    shapes = judges.lpips_shapes(model)
+    assert foreign.num_parameters(shapes) == convolutions + heads
     random = np.random.default_rng(0)
     slices = {n: i for i, n in enumerate(sorted(int(name[5:]) for name in shapes if name.startswith("conv_")))}
     beside, whole = {}, {"scaling_layer.shift": np.zeros((1, 3, 1, 1), np.float32)}
@@ -65,7 +65,7 @@ def test_published_sizes_and_both_layouts(trunk, convolutions, heads, tmp_path):
     for folder, source in (("beside", beside), ("whole", whole)):
         (tmp_path / folder).mkdir()
         save_file(source, tmp_path / folder / "model.safetensors")
-    one, other = towers.lpips(tmp_path / "beside"), towers.lpips(tmp_path / "whole")
+    one, other = judges.lpips(tmp_path / "beside"), judges.lpips(tmp_path / "whole")
     assert one.model == other.model == model
     jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
 

@@ -156,7 +156,7 @@ def test_published_names_shapes_and_totals(name):
         path = next(p for p in mapping._spellings(mapping._renamed(foreign_name, towers.T5_RULES)) if p in wanted)
         found[path] = tuple(reversed(shape)) if path.endswith("kernel") else tuple(shape)
     assert found == wanted
-    assert towers.num_parameters(shapes) == golden["parameters"]
+    assert foreign.num_parameters(shapes) == golden["parameters"]
 
 
 def test_errors_teach():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from stvdm.interop import mapping, towers
+from stvdm.interop import judges, mapping
 from stvdm.models import videomae
 
 GOLDEN = foreign.golden()["videomae"]
@@ -24,9 +24,9 @@ def applied(model, params):
 def test_hidden_states_and_features_are_those_of_transformers(tmp_path):
     save_file(foreign.weights(GOLDEN["shapes"]), tmp_path / "model.safetensors")
     with pytest.raises(FileNotFoundError, match=r"expected the config.json of VideoMAE"):
-        towers.videomae(tmp_path)
+        judges.videomae(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(foreign.VIDEOMAE))
-    seen = applied(*towers.videomae(tmp_path))
+    seen = applied(*judges.videomae(tmp_path))
     assert foreign.error(seen.hidden_BND, GOLDEN["outputs"]["hidden"]) < TOLERANCE
     assert foreign.error(seen.features_BD, GOLDEN["outputs"]["features"]) < TOLERANCE
 
@@ -34,7 +34,7 @@ def test_hidden_states_and_features_are_those_of_transformers(tmp_path):
 def test_the_encoder_alone_has_its_norm_before_the_mean(tmp_path):
     save_file(foreign.weights(GOLDEN["shapes_norm_first"]), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(foreign.VIDEOMAE))
-    seen = applied(*towers.videomae(tmp_path))
+    seen = applied(*judges.videomae(tmp_path))
     assert foreign.error(seen.hidden_BND, GOLDEN["outputs"]["hidden_norm_first"]) < TOLERANCE
     np.testing.assert_allclose(seen.features_BD, seen.hidden_BND.mean(1), rtol=1e-5, atol=1e-6)
 
@@ -64,7 +64,7 @@ def test_the_layout_of_its_authors_gives_the_same(tmp_path):
             theirs |= {f"{block}{name}.{part}": source[f"{layer}{path}.{part}"] for part in ("weight", "bias")}
     save_file(theirs, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"num_frames": 4, "image_size": 15, "num_attention_heads": 4}))
-    model, params = towers.videomae(tmp_path)
+    model, params = judges.videomae(tmp_path)
     assert (model.width, model.num_layers, model.mlp_width, model.patch, model.epsilon) == (32, 3, 72, 5, 1e-6)
     assert foreign.error(applied(model, params).features_BD, GOLDEN["outputs"]["features"]) < 1e-4  # another epsilon
 
@@ -74,7 +74,7 @@ def test_a_network_that_was_not_tuned_is_refused(tmp_path):
     save_file(source, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(foreign.VIDEOMAE))
     with pytest.raises(ValueError, match=r"has no last norm, .* use a tuned one"):
-        towers.videomae(tmp_path)
+        judges.videomae(tmp_path)
 
 
 def test_clips_are_prepared_as_the_published_distance_does():
@@ -99,19 +99,19 @@ def test_clips_are_prepared_as_the_published_distance_does():
     ],
 )
 def test_published_sizes(config, millions):
-    shapes = towers.videomae_shapes(towers.videomae_of(config, norm_first=True))
+    shapes = judges.videomae_shapes(judges.videomae_of(config, norm_first=True))
     width, layers, mlp = (
         config.get(k, d) for k, d in (("hidden_size", 768), ("num_hidden_layers", 12), ("intermediate_size", 3072))
     )
     patch = 3 * 2 * config.get("patch_size", 16) ** 2
     layer = 4 * width**2 + 3 * width + 2 * width * mlp + mlp + width + 4 * width
-    assert towers.num_parameters(shapes) == patch * width + width + layers * layer + 2 * width
-    assert towers.num_parameters(shapes) == pytest.approx(millions * 1e6, rel=2e-3)
+    assert foreign.num_parameters(shapes) == patch * width + width + layers * layer + 2 * width
+    assert foreign.num_parameters(shapes) == pytest.approx(millions * 1e6, rel=2e-3)
 
 
 def test_errors_teach():
-    model = towers.videomae_of(foreign.VIDEOMAE, norm_first=False)
-    params = mapping.into(towers.videomae_shapes(model), foreign.weights(GOLDEN["shapes"]), towers.VIDEOMAE_RULES)
+    model = judges.videomae_of(foreign.VIDEOMAE, norm_first=False)
+    params = mapping.into(judges.videomae_shapes(model), foreign.weights(GOLDEN["shapes"]), judges.VIDEOMAE_RULES)
     with pytest.raises(ValueError, match=r"=\(3, 15, 15\): expected \(4, 15, 15\); `prepare` them"):
         model.apply({"params": params}, VIDEOS[:, :3])
 

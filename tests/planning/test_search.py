@@ -8,7 +8,6 @@ import pytest
 
 from stvdm import config as base
 from stvdm.planning import search
-from stvdm.planning.chips import CHIPS
 from stvdm.planning.planner import Planner
 
 GIB = 2**30
@@ -46,7 +45,7 @@ def arithmetic(remat):
 
 def found_with(memory, num_devices=16, **options):
     ask, asked = compiler(memory)
-    options = {"chip": CHIPS["v5e"], "ask": ask, "arithmetic": arithmetic, **options}
+    options = {"chip": "v5e", "ask": ask, "arithmetic": arithmetic, **options}
     found = search.search(wide_dit(), options.pop("outline", OUTLINE), num_devices=num_devices, **options)
     return found, asked
 
@@ -101,7 +100,7 @@ def test_the_slice_that_is_named_exists_and_has_a_mesh():
     named = [found_with(lambda config, n=n: n * 15.0, tries=1000)[0].larger for n in (1, 3, 30)]
     assert named == ["", "v5e:8x8", ""]  # it fits; 48 devices are none; 480 are too many for it
     two = search.search(
-        wide_dit(), OUTLINE, chip=CHIPS["v5p"], num_devices=16, num_slices=2, tries=1000,
+        wide_dit(), OUTLINE, chip="v5p", num_devices=16, num_slices=2, tries=1000,
         ask=compiler(lambda config: 150.0)[0], arithmetic=arithmetic,
     )  # fmt: skip
     assert two.larger == "2 x v5p:2x2x4"
@@ -109,7 +108,7 @@ def test_the_slice_that_is_named_exists_and_has_a_mesh():
     config = wide_dit()
     config.data.buckets = ((81, 480, 832, 1, 1.0),)
     alone = search.search(
-        config, one_clip, chip=CHIPS["v5e"], num_devices=16, tries=1000, ask=compiler(lambda config: 99.0)[0],
+        config, one_clip, chip="v5e", num_devices=16, tries=1000, ask=compiler(lambda config: 99.0)[0],
         arithmetic=arithmetic,
     )  # fmt: skip
     assert alone.larger == "", "context 16 x tensor 4 are 64 devices; a batch of one clip has no use for 112"
@@ -156,9 +155,7 @@ def test_a_batch_that_no_mesh_divides_is_refused():
     config.data.buckets = ((81, 480, 832, 1, 1.0),)
     config.model.num_heads = 12
     with pytest.raises(ValueError, match=r"no mesh of 512 devices in 2 slices divides the batch of 1 clips"):
-        search.search(
-            config, OUTLINE, chip=CHIPS["v5e"], num_devices=512, num_slices=2, ask=None, arithmetic=arithmetic
-        )
+        search.search(config, OUTLINE, chip="v5e", num_devices=512, num_slices=2, ask=None, arithmetic=arithmetic)
 
 
 def test_what_no_mesh_can_be_compiled_for_is_not_taken_for_too_little_memory():

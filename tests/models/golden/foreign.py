@@ -141,6 +141,11 @@ def pieces() -> list[tuple[str, float]]:
     return [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *letters.items(), *longer.items()]
 
 
+def num_parameters(shapes: dict) -> int:
+    """How many values a nested dict of shapes holds."""
+    return sum(num_parameters(leaf) if isinstance(leaf, dict) else math.prod(leaf.shape) for leaf in shapes.values())
+
+
 def golden() -> dict:
     return json.loads(FILE.read_text())
 
