@@ -53,8 +53,6 @@ def clip(text: str) -> tuple[int, int, int]:
 
 def run(args: argparse.Namespace) -> None:
     if args.format == "stablehlo":
-        if args.raw:
-            raise ValueError("--raw: programs are written with the averaged weights; leave it out, or choose a format")
         parts.refuse_existing(args.to, option="--to", overwrite=args.overwrite)
         import jax
 
@@ -63,16 +61,20 @@ def run(args: argparse.Namespace) -> None:
         from stvdm.sampling import pipeline
 
         source = pipeline.bundled() if args.source == parts.BUNDLED else args.source
-        print("\n".join(stablehlo.write(source, args.to, size=args.clip, dtype=args.dtype)))
+        params = raw_weights(args) if args.raw else None
+        print("\n".join(stablehlo.write(source, args.to, size=args.clip, dtype=args.dtype, params=params)))
         return
     if args.clip:
         raise ValueError("--clip: weights are for clips of any size; it is for --format=stablehlo")
     parts.refuse_existing(args.to, option="--to", overwrite=args.overwrite)
     from stvdm.interop import wan_model
 
-    params = None
-    if args.raw:
-        from stvdm.train import dit
-
-        params = dit.raw_weights(args.source)
+    params = raw_weights(args) if args.raw else None
     print("\n".join(wan_model.give(args.source, args.to, args.format, dtype=args.dtype, params=params)))
+
+
+def raw_weights(args: argparse.Namespace) -> Any:
+    """Of the run's newest checkpoint."""
+    from stvdm.train import dit
+
+    return dit.raw_weights(args.source)

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from flax import traverse_util
 from jax import export
@@ -68,6 +69,7 @@ def write(
     size: Size3 | None = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
     shard_bytes: int = tensor_files.SHARD_BYTES,
+    params: Tree | None = None,
 ) -> list[str]:
     """Writes the programs of a model and their weights; returns the paths of the files.
 
@@ -75,6 +77,7 @@ def write(
       place: what a training or `stvdm import` wrote.
       size: (T, H, W) of the clips; None: of the largest that it was trained on.
       dtype: of weights and products.
+      params: weights in place of those in the folder, all or some.
 
     Raises:
       FileNotFoundError: if there is no model.
@@ -89,13 +92,14 @@ def write(
     folder, out, kind = pipeline.model_folder(place), epath.Path(target).expanduser(), jnp.dtype(dtype)
     description, source = describe_model(folder), weights.Weights(folder / WEIGHTS)
     programs = _programs(folder, description, source, size, kind)
+    others = traverse_util.flatten_dict(params or {}, sep="/")
     out.mkdir(parents=True, exist_ok=True)
     said: dict[str, dict[str, Any]] = {}
     files: dict[str, list[str]] = {}  # of weights
     for name, program in programs.items():
         names = sorted(found for found in source.shapes if found.startswith(program.holds))
         if program.weights not in files:
-            tensors = [_tensor(source, found) for found in names]
+            tensors = [_tensor(source, found, others.get(found)) for found in names]
             written = tensor_files.write(out, tensors, stem=program.weights, dtype=kind, shard_bytes=shard_bytes)
             files[program.weights] = sorted(written)
         params = {found: jax.ShapeDtypeStruct(source.shapes[found], kind) for found in names}
@@ -136,11 +140,13 @@ def _said(array: Any) -> str:
     return f"{jnp.dtype(array.dtype).name}[{', '.join(map(str, array.shape))}]"
 
 
-def _tensor(source: weights.Weights, name: str) -> tensor_files.Tensor:
-    """A tensor of the file, for another; stacked layers come one by one."""
+def _tensor(source: weights.Weights, name: str, other: np.ndarray | None) -> tensor_files.Tensor:
+    """A tensor of the file, or another in its place, for another file; stacked layers come one by one."""
     shape = source.shapes[name]
     layers = [layer for layer, *_ in mapping.layers_of(name.partition("/")[2], shape, wan.STACKED)]
-    return tensor_files.Tensor(name, shape, lambda: (source.read(name, layer) for layer in layers))
+    if other is None:
+        return tensor_files.Tensor(name, shape, lambda: (source.read(name, layer) for layer in layers))
+    return tensor_files.Tensor(name, shape, lambda: (other if layer is None else other[layer] for layer in layers))
 
 
 # ---- what the programs are ------------------------------------------------------------------------------------------

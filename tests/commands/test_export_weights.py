@@ -58,4 +58,4 @@ def test_programs_of_any_model(tiny_model, tmp_path, capsys, failure):
     assert said["outputs"] == {"velocity_Bthwz": "float32[B, 3, 4, 8, 4]"}
     assert "multiple" in failure(*words[:-1], "--clip=5x17x32", "--overwrite")
     assert "--clip" in failure(*words[:-2], "--clip=5x16x16")
-    assert "--raw" in failure(*words, "--raw")
+    assert "no checkpoint here" in failure(*words[:2], f"--to={tmp_path}/raw", *words[3:], "--raw")

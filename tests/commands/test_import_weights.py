@@ -9,6 +9,8 @@ import foreign_wan_model
 import jax
 import numpy as np
 import pytest
+from flax import traverse_util
+from safetensors.numpy import load_file
 
 from stvdm import checkpoint, cli, sharding
 from stvdm.interop import wan
@@ -94,12 +96,15 @@ def test_weights_that_are_no_average_go_out_too(published, ours, latents, tmp_pa
     places = f"--config.start_from={ours} --config.autoencoder={ours} --config.data.path={latents} {tower}"
     train = f"train dit --config={CONFIG}:1.3b-v6e-full --workdir={tmp_path}/run {places} {SMALL}"
     assert cli.main(shlex.split(f"{train} --config.total_steps=1 --config.optimizer.learning_rate=1e-3")) == 0
-    for name, more in (("average", []), ("raw", ["--raw"])):
+    for name, more in (("average", []), ("raw", ["--raw"]), ("programs", ["--raw", "--format=stablehlo"])):
         assert cli.main(["export", f"--from={tmp_path}/run", f"--to={tmp_path}/{name}", *more]) == 0
     before = checkpoint.load_model(ours)[0]["dit"]
     average, raw = (wan.load(tmp_path / name / "transformer")[1] for name in ("average", "raw"))
     jax.tree.map(lambda a, x, y: np.testing.assert_allclose(a, 0.1 * x + 0.9 * y, atol=1e-6), average, before, raw)
     assert any(np.abs(x - y).max() > 5e-4 for x, y in zip(*map(jax.tree.leaves, (raw, before)), strict=True))
+    of_programs = load_file(tmp_path / "programs" / "dit.safetensors")
+    for name, leaf in traverse_util.flatten_dict({"dit": raw}, sep="/").items():
+        np.testing.assert_array_equal(of_programs[name], leaf)
 
 
 def _tensors(dit, params, name):

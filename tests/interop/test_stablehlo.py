@@ -7,6 +7,7 @@ import sys
 
 import foreign
 import foreign_wan
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -129,6 +130,19 @@ def test_wan_runs_elsewhere(case, tmp_path, monkeypatch):
     times = told["time_B"][:, None]
     here = dit.apply({"params": params}, told["latent_Bthwz"], times, None, told["text_BSE"], **image)
     assert apart(there["velocity"]["velocity_Bthwz"], here) < 1e-5
+
+
+def test_other_weights_may_take_the_place_of_some(tiny_model, tmp_path):
+    params, _ = checkpoint.load_model(tiny_model)
+    doubled = jax.tree.map(lambda leaf: 2 * leaf, params["dit"])
+    stablehlo.write(tiny_model, tmp_path, params={"dit": doubled})
+    programs = json.loads((tmp_path / "programs.json").read_text())["programs"]
+    (found,) = (load_file(tmp_path / file) for file in programs["velocity"]["weights"])
+    for name, leaf in traverse_util.flatten_dict({"dit": doubled}, sep="/").items():
+        np.testing.assert_array_equal(found[name], leaf)
+    (found,) = (load_file(tmp_path / file) for file in programs["text"]["weights"])
+    for name, leaf in traverse_util.flatten_dict({"text": params["text"]}, sep="/").items():
+        np.testing.assert_array_equal(found[name], leaf)
 
 
 def test_weights_may_be_halves_and_come_in_several_files(tiny_model, tmp_path):
