@@ -35,11 +35,13 @@ AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {  # logical name -> mesh 
     "width": ("fsdp", "context"),  # a weight's D: whoever shares a clip shares the weights too
     "heads": "tensor",  # a weight's heads x head width, and activations by head
     "mlp": "tensor",  # a weight's F
+    "adapter": ("tensor", "fsdp", "context"),  # the wide side of a low-rank adapter, as far as it divides
     "layers": None,  # the stacked layers of a scan
     "channels": None,  # convolution channels
     "text": None,  # a weight's E
     "vocab": None,  # rows of an embedding
 }
+AS_FAR_AS = {"adapter"}  # names whose last mesh axes are left out where they don't divide the dimension
 
 
 def make_mesh(
@@ -165,13 +167,17 @@ def shardings(boxed: Any, mesh: Mesh) -> Any:
     def one(path: Any, leaf: Any) -> NamedSharding:
         if not isinstance(leaf, nn.LogicallyPartitioned):
             return NamedSharding(mesh, PartitionSpec())
-        partition, shape = spec(*leaf.names), leaf.value.shape
-        for size, entry in zip(shape, partition, strict=True):
+        partition, shape = list(spec(*leaf.names)), leaf.value.shape
+        for i, (size, entry) in enumerate(zip(shape, partition, strict=True)):
+            if leaf.names[i] in AS_FAR_AS:
+                while entry and size % num_devices(mesh, entry):
+                    entry = entry[:-1]
+                partition[i] = entry
             parts = num_devices(mesh, entry)
             if size % parts:
                 over = entry if isinstance(entry, str) else " x ".join(entry or ())
                 problems.append(f"{jax.tree_util.keystr(path)} {shape}: {size} does not divide over {over}={parts}")
-        return NamedSharding(mesh, partition)
+        return NamedSharding(mesh, PartitionSpec(*partition))
 
     tree = jax.tree_util.tree_map_with_path(one, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
     if problems:

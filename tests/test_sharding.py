@@ -101,3 +101,16 @@ def test_parameters_lie_as_named_and_what_does_not_divide_is_listed():
     odd = jax.eval_shape(lambda: Layer(7).init(jax.random.key(0), jnp.ones((1, 7))))
     with pytest.raises(ValueError, match=r"kernel.*\(7, 6\): 7 does not divide over fsdp x context=4"):
         sharding.shardings(odd, mesh)
+
+
+def test_the_sides_of_adapters_are_split_as_far_as_they_divide():
+    sides = {"16": 16, "12": 12, "6": 6, "3": 3}
+    tree = {name: sharding.partitioned(nn.initializers.zeros, None, "adapter") for name in sides}
+    boxed = {name: init(jax.random.key(0), (2, sides[name])) for name, init in tree.items()}
+    split = sharding.shardings(boxed, sharding.make_mesh(fsdp=2, context=2, tensor=2))
+    assert {name: where.spec for name, where in split.items()} == {
+        "16": P(None, ("tensor", "fsdp", "context")),
+        "12": P(None, ("tensor", "fsdp")),
+        "6": P(None, ("tensor",)),
+        "3": P(None, ()),
+    }

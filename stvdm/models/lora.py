@@ -8,7 +8,9 @@
     params = merged(params, [(adapters, 0.8), (others, 0.5)])             # W + 0.8 A B + 0.5 A' B'
 
 Adapters lie where the kernel lies that they add to, under the names "down" and "up"; of scanned layers they are stacked
-as it is. What files call alpha is in B already: there it is alpha / rank times what it is there.
+as it is. A kernel has two wide sides, of which one is split over fsdp and the other over tensor; an adapter's matrices
+have one each, which takes all of these axes: what is trained is split over all devices that share the weights. What
+files call alpha is in B already: there it is alpha / rank times what it is there.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ Weighted = Sequence[tuple[Tree, float]]  # adapters, each with its weight
 
 
 def fresh(key: jax.Array, shapes: Tree, *, rank: int, targets: str) -> Tree:
-    """New adapters, boxed as `Module.init` boxes parameters: split over a mesh as the kernels that they add to.
+    """New adapters, boxed as `Module.init` boxes parameters.
 
     Args:
       shapes: of the parameters, with their boxes; e.g. {"dit": ...} of `jax.eval_shape`.
@@ -52,12 +54,11 @@ def fresh(key: jax.Array, shapes: Tree, *, rank: int, targets: str) -> Tree:
         raise ValueError(f"targets={targets!r}: found in no linear layer's path; they are like {some}.")
     for key_here, path in zip(jax.random.split(key, len(chosen)), chosen, strict=True):
         *stack, wide_in, wide_out = kernels[path].value.shape
-        *stacked, axis_in, axis_out = kernels[path].names
+        *stacked, _, _ = kernels[path].names
         down = jax.random.normal(key_here, (*stack, wide_in, rank)) * wide_in**-0.5
-        made[*path[:-1], "down"] = nn.LogicallyPartitioned(down, (*stacked, axis_in, None))
-        made[*path[:-1], "up"] = nn.LogicallyPartitioned(
-            jnp.zeros((*stack, rank, wide_out)), (*stacked, None, axis_out)
-        )
+        made[*path[:-1], "down"] = nn.LogicallyPartitioned(down, (*stacked, "adapter", None))
+        up = jnp.zeros((*stack, rank, wide_out))
+        made[*path[:-1], "up"] = nn.LogicallyPartitioned(up, (*stacked, None, "adapter"))
     return traverse_util.unflatten_dict(made)
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from stvdm import sharding
 from stvdm.models import lora
 from stvdm.models.dit import DiT
 
@@ -29,18 +30,29 @@ def case(request):
     return boxed, random_like(nn.unbox(boxed)), run
 
 
-def test_fresh_adapters_change_nothing_and_lie_as_their_kernels_do(case):
+def test_fresh_adapters_change_nothing_and_lie_where_their_kernels_do(case):
     boxed, params, run = case
     adapters = lora.fresh(jax.random.key(1), boxed, rank=3, targets="attention|mlp")
     np.testing.assert_array_equal(run(lora.beside(params, [(nn.unbox(adapters), 1.0)])), run(params))
     layers = adapters["dit"].get("layers", adapters["dit"].get("layers_0"))
     query, kernel = layers["block_0"]["self_attention"]["query"], nn.unbox(boxed)["dit"]
-    assert query["down"].names[-2:] == ("width", None) and query["up"].names[-2:] == (None, "heads")
+    assert query["down"].names[-2:] == ("adapter", None) and query["up"].names[-2:] == (None, "adapter")
     assert query["down"].value.shape[-2:] == (16, 3) and query["up"].value.shape[-2:] == (3, 16)
     assert 0.2 < float(jnp.std(query["down"].value)) < 0.3  # a fourth: one over the root of what it sums
     num = sum(leaf.size for leaf in jax.tree.leaves(nn.unbox(adapters)))
     assert num == 2 * 3 * (8 * (16 + 16) + 2 * (16 + 24))
     assert "patch" not in adapters["dit"] and "patch" in kernel
+
+
+@pytest.mark.parametrize("axes", [dict(fsdp=8), dict(fsdp=4, tensor=2), dict(fsdp=2, context=2, tensor=2)], ids=str)
+def test_no_device_holds_the_whole_of_one(case, axes):
+    boxed, _, _ = case
+    adapters = lora.fresh(jax.random.key(1), boxed, rank=3, targets="attention|mlp")
+    split = sharding.shardings(adapters, sharding.make_mesh(data=1, **axes))
+    for (path, leaf), where in zip(
+        jax.tree_util.tree_leaves_with_path(nn.unbox(adapters)), jax.tree.leaves(split), strict=True
+    ):
+        assert np.prod(where.shard_shape(leaf.shape)) * 8 == leaf.size, jax.tree_util.keystr(path)
 
 
 def test_several_beside_weights_are_as_merged_into_them(case):

@@ -10,7 +10,7 @@ import runs
 from flax import traverse_util
 from runs import losses_and_gradients
 
-from stvdm import checkpoint, preprocess
+from stvdm import checkpoint, preprocess, sharding
 from stvdm import config as base
 from stvdm.data import loader, records
 from stvdm.interop import towers
@@ -18,6 +18,7 @@ from stvdm.models import lora
 from stvdm.sampling import pipeline
 from stvdm.sampling.pipeline import Pipeline
 from stvdm.train import autoencoder, dit
+from stvdm.train import state as state_lib
 from stvdm.train.telemetry import Telemetry, read_metrics
 
 
@@ -299,6 +300,25 @@ def test_adapters_are_trained_beside_weights_that_stay(lora_config, tiny_model, 
     merged = {**base_params, **lora.merged({"dit": base_params["dit"]}, [(trained, 1.0)])}
     checkpoint.save_model(tmp_path / "merged", merged, description)
     np.testing.assert_allclose(made(tmp_path / "merged"), tuned, atol=1e-4 * np.abs(tuned).max())
+
+
+@pytest.mark.parametrize("mesh", [dict(fsdp=4, tensor=2), dict(data=2, fsdp=2, context=2)], ids=str)
+def test_adapters_that_are_split_train_as_whole_ones(mesh, lora_config, tmp_path, anywhere, monkeypatch):
+    kept = []
+    monkeypatch.setattr(
+        state_lib, "to_save", lambda state, to_save=state_lib.to_save: kept.append(state) or to_save(state)
+    )
+    dit.main(lora_config(total_steps=3, **{f"mesh__{axis}": size for axis, size in mesh.items()}), tmp_path / "split")
+    for leaf in jax.tree.leaves(kept[-1]):  # weights, averages and moments
+        assert (
+            leaf.ndim == 0 or np.prod(leaf.sharding.shard_shape(leaf.shape)) * (8 // mesh.get("data", 1)) == leaf.size
+        )
+    whole = sharding.make_mesh
+    monkeypatch.setattr(sharding, "make_mesh", lambda **axes: whole(devices=jax.devices()[:1]))
+    dit.main(lora_config(total_steps=3), tmp_path / "whole")
+    np.testing.assert_allclose(
+        losses_and_gradients(tmp_path / "split"), losses_and_gradients(tmp_path / "whole"), rtol=1e-4
+    )
 
 
 def test_adapters_of_another_model_or_without_one_are_refused(lora_config, dit_config, tmp_path, one_device):
