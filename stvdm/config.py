@@ -49,6 +49,9 @@ def dit() -> ConfigDict:
     config.kind = "dit"
     config.autoencoder = ""  # folder of a trained autoencoder: its run, or its exported model
     config.start_from = ""  # folder of a trained model to start from; weights that it does not have start fresh
+    config.turn = (
+        ""  # of two networks in `start_from` that take turns, the one that is trained: high_noise or low_noise
+    )
     config.train_only = ""  # a regular expression: the weights that are trained, by their path in the model's file
     config.lora = _section(  # low-rank adapters, trained beside the weights of `start_from`, which stay as they are
         rank=0,  # 0: none, the weights themselves are trained
@@ -93,6 +96,8 @@ def dit() -> ConfigDict:
     config.image = _section(
         tower="",  # folder or hub's OWNER/NAME of a published CLIP that looks at images, for a network that reads them
         tower_dtype="bfloat16",  # of its weights and products
+        share=0.0,  # of training clips whose first frame is known, at time 0; of a network with extra_channels it
+        # always is, by those
     )
     config.flow = _section(
         path="rectified",  # x_t = (1-t) data + t noise; or 'cosine', variance preserving
@@ -103,6 +108,7 @@ def dit() -> ConfigDict:
         stratified=True,  # one time from each of B equal strata, in place of B independent times
         shift=1.0,  # times are moved by t -> shift t / (1 + (shift - 1) t); 0: by token count
         base_tokens=0,  # tokens of a clip for which shift 0 is 1; 0: those of the largest bucket
+        times=(0.0, 1.0),  # between which training times lie; of two networks that take turns, those of one's turn
         caption_dropout=0.1,  # share of captions replaced by "" (for classifier-free guidance)
     )
     config.sample = _section(  # how previews and evaluation sample, and what `stvdm generate` starts from
@@ -409,6 +415,7 @@ def _dit_problems(config: ConfigDict) -> Iterator[str]:
         yield f"sample.guidance_rescale={config.sample.guidance_rescale}: expected 0 <= share <= 1."
     yield from _choice("model.network", model.network, ("dit", "unet"))
     yield from _unet_problems(model) if model.network == "unet" else _transformer_problems(model)
+    yield from _image_problems(config)
     yield from _choice("text.padding", config.text.padding, ("masked", "zeros"))
     yield from _choice("text.tower_dtype", config.text.tower_dtype, ("float32", "bfloat16"))
     yield from _choice("image.tower_dtype", config.image.tower_dtype, ("float32", "bfloat16"))
@@ -427,6 +434,19 @@ def _dit_problems(config: ConfigDict) -> Iterator[str]:
             yield f"{where}={size}: expected a multiple of mesh.tensor={config.mesh.tensor}, over which it is split."
     if not 0 <= flow.caption_dropout < 1:
         yield f"flow.caption_dropout={flow.caption_dropout}: expected 0 <= share < 1."
+    low, high = flow.times
+    if not 0 <= low < high <= 1:
+        yield f"flow.times={(low, high)}: expected 0 <= low < high <= 1, times of which 1 is noise."
+    if config.turn:
+        yield from _choice("turn", config.turn, ("high_noise", "low_noise"))
+        edge = config.sample.boundary
+        own = (edge, 1.0) if config.turn == "high_noise" else (0.0, edge)
+        if not edge:
+            yield f"turn={config.turn!r}: expected sample.boundary, the time at which the other network takes over."
+        elif (low, high) != own:
+            yield f"flow.times={(low, high)}: expected {own}, as turn={config.turn!r} and sample.boundary={edge}."
+        if not config.start_from:
+            yield f"start_from='': turn={config.turn!r} is of a model of two networks, so name its folder."
     if not config.autoencoder:
         yield "autoencoder='': name the folder of a trained autoencoder (`stvdm train autoencoder` makes one)."
     for where, expression in (("train_only", config.train_only), ("lora.targets", config.lora.targets)):
@@ -443,11 +463,6 @@ def _dit_problems(config: ConfigDict) -> Iterator[str]:
 
 
 def _transformer_problems(model: ConfigDict) -> Iterator[str]:
-    if model.extra_channels or model.image_width:
-        yield (
-            f"model.extra_channels={model.extra_channels}, model.image_width={model.image_width}: expected 0 and 0; a "
-            "network that begins with an image can be imported, sampled and exported, but not yet be trained."
-        )
     yield from _choice("model.text_path", model.text_path, ("cross", "joint", "dual"))
     paths_of_time = ("adaln_zero", "adaln", "in_context", "cross_attention")
     yield from _choice("model.time_path", model.time_path, paths_of_time)
@@ -471,6 +486,30 @@ def _transformer_problems(model: ConfigDict) -> Iterator[str]:
             f"model.num_layers={model.num_layers}: expected a multiple of {len(model.attention)}, "
             f"the cycle of model.attention={tuple(model.attention)}."
         )
+
+
+def _image_problems(config: ConfigDict) -> Iterator[str]:
+    model, image = config.model, config.image
+    is_dit = model.network == "dit"
+    extra, width = (model.extra_channels, model.image_width) if is_dit else (0, 0)
+    if not 0 <= image.share <= 1:
+        yield f"image.share={image.share}: expected 0 <= share <= 1."
+    if image.share and extra:
+        yield f"image.share={image.share}: expected 0, as with model.extra_channels={extra} it always is given."
+    elif image.share and not (is_dit and model.time_path in ("adaln_zero", "adaln") and model.patch[0] == 1):
+        yield (
+            f"image.share={image.share}: expected 0, or a network that can be told that one frame is known: "
+            "model.network='dit' with time_path='adaln_zero' or 'adaln' and patches of one latent frame."
+        )
+    if width and not extra:
+        yield f"model.image_width={width}: expected 0, or model.extra_channels, which bring the image itself."
+    if width and model.text_path != "cross":
+        yield f"model.image_width={width}: an image is read by cross-attention; use model.text_path='cross'."
+    if width and not image.tower:
+        yield f"image.tower='': model.image_width={width} needs the folder of the tower that looks at first frames."
+    still = [tuple(bucket[:3]) for bucket in config.data.buckets if bucket[0] == 1]
+    if still and (extra or image.share == 1):
+        yield f"data.buckets {still[0]}: a clip of one frame that is known leaves nothing to make; use more frames."
 
 
 def _unet_problems(model: ConfigDict) -> Iterator[str]:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Latents and text computed once, so that training need run neither the autoencoder nor a tower that reads captions:
-shard by shard, resumable at any moment, by one host or by many.
+"""Latents and text computed once, so that training need run neither the autoencoder nor a tower that reads captions or
+looks at first frames: shard by shard, resumable at any moment, by one host or by many.
 
     source, buckets  ->  clips in a fixed order  ->  encode, read  ->  records.write_shard ... finish
 
@@ -12,7 +12,9 @@ with the first shard that is missing.
     loader = make_loader(RecordSource("latents"), buckets=[(17, 64, 64, 32)], seed=0)      # batches hold "latent"
 
 `encode` takes uint8 (B, T, H, W, 3) and gives latent means (B, t, h, w, z); see `stvdm.cli` for the one that holds a
-trained model. Text is stored without padding: most captions are far shorter than what a tower can read.
+trained model. Text is stored without padding: most captions are far shorter than what a tower can read. A network that
+begins with an image is given the latent of a clip's first frame followed by grey ones; of that only the first latent
+frame is the clip's own, so it is encoded and stored as well.
 """
 
 import dataclasses
@@ -23,7 +25,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,7 +36,17 @@ from stvdm.data.video import BadVideo
 
 Encode = Callable[[np.ndarray], np.ndarray]
 Read = Callable[[Sequence[str]], tuple[Any, np.ndarray]]  # captions -> (text_BSE, mask_BS)
+Look = Callable[[Sequence[np.ndarray]], Any]  # images_HWC -> image_BSE
 Clip = tuple[bucketing.Bucket, int, int]  # bucket, example, number of the clip among those of its example
+
+
+class Encoders(NamedTuple):
+    """What makes of clips what is stored; see `preprocess`."""
+
+    encode: Encode
+    read: Read | None
+    begin: Encode | None
+    look: Look | None
 
 
 def preprocess(
@@ -44,6 +56,8 @@ def preprocess(
     *,
     buckets: Sequence[Any],
     read: Read | None = None,
+    begin: Encode | None = None,
+    look: Look | None = None,
     host: tuple[int, int] = (0, 1),
     seed: int = 0,
     batch_size: int = 16,
@@ -65,6 +79,8 @@ def preprocess(
       directory: new, or one in which this very call was cut short.
       buckets: the clip shapes to write; see `stvdm.data.buckets`. Their batch sizes and weights play no part.
       read: captions -> (text_BSE, mask_BS), e.g. a `towers.Reader`; what is real of it is stored as "text". None: none.
+      begin: as ``encode``, but of the first frames and grey ones behind them; stored as "image_latent". None: none.
+      look: first frames, bytes (H, W, 3) -> image_BSE, e.g. a `towers.Looker`; stored as "image_tokens". None: none.
       host: (i, n): this is host i of n that write to one directory, and makes every n-th shard. Whichever finds all
         shards made writes the metadata; the others return {}, or `wait`.
       seed: of moments and crops.
@@ -110,12 +126,13 @@ def preprocess(
     job = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
     num_shards = math.ceil(len(clips) / examples_per_shard)
     finished = records.finished_shards(directory, job=job)
+    encoders = Encoders(encode, read, begin, look)
     with ThreadPoolExecutor(num_threads) as pool:
         for shard in range(host[0], num_shards, host[1]):
             chosen = clips[shard * examples_per_shard : (shard + 1) * examples_per_shard]
             if shard not in finished:
                 skipped: dict[str, str] = {}
-                latents = _encoded(encode, read, source, chosen, seed, batch_size, dtype, pool, skipped)
+                latents = _encoded(encoders, source, chosen, seed, batch_size, dtype, pool, skipped)
                 records.write_shard(directory, shard, latents, job=job, skipped=skipped)
             on_progress(shard * examples_per_shard + len(chosen), len(clips))
     while len(records.finished_shards(directory, job=job)) < num_shards:  # other hosts are still at work
@@ -128,8 +145,7 @@ def preprocess(
 
 
 def _encoded(
-    encode: Encode,
-    read: Read | None,
+    encoders: Encoders,
     source: loader.Source,
     clips: Sequence[Clip],
     seed: int,
@@ -160,26 +176,31 @@ def _encoded(
             else:
                 examples.append(result)
         if examples:
-            yield from _encode_batch(encode, read, examples, batch_size, dtype)
+            yield from _encode_batch(encoders, examples, batch_size, dtype)
 
 
 def _encode_batch(
-    encode: Encode, read: Read | None, batch: Sequence[dict[str, Any]], batch_size: int, dtype: str
+    encoders: Encoders, batch: Sequence[dict[str, Any]], batch_size: int, dtype: str
 ) -> Iterator[dict[str, Any]]:
     filled = [*batch, *[batch[-1]] * (batch_size - len(batch))]
-    latents = np.asarray(encode(np.stack([example["video"] for example in filled])), np.float32)
-    texts: list[dict[str, np.ndarray]] = [{}] * len(batch)
-    if read is not None:
-        text_BSE, mask_BS = read([example["caption"] for example in filled])
-        real = zip(np.asarray(text_BSE, np.float32)[: len(batch)], mask_BS, strict=False)
-        texts = [{"text": text_SE[mask_S]} for text_SE, mask_S in real]
-    for example, latent, text in zip(batch, latents[: len(batch)], texts, strict=True):
+    videos = np.stack([example["video"] for example in filled])
+    made: dict[str, Any] = {"latent": np.asarray(encoders.encode(videos), np.float32)}
+    if encoders.begin is not None:
+        made["image_latent"] = np.asarray(encoders.begin(videos), np.float32)
+    if encoders.look is not None:
+        made["image_tokens"] = np.asarray(encoders.look(list(videos[:, 0])), np.float32)
+    if encoders.read is not None:
+        text_BSE, mask_BS = encoders.read([example["caption"] for example in filled])
+        rows = zip(np.asarray(text_BSE, np.float32), mask_BS, strict=True)
+        made["text"] = [text_SE[mask_S] for text_SE, mask_S in rows]
+    for i, example in enumerate(batch):
         stored = {}
-        for name, value in {"latent": latent, **text}.items():
+        for name, values in made.items():
+            value = values[i]
             with np.errstate(over="ignore"):  # told below, with what to do
                 stored[name] = value.astype(dtype)
             if not np.isfinite(stored[name]).all():
-                maker = "the autoencoder" if name == "latent" else "the tower"
+                maker = "the autoencoder" if "latent" in name else "the tower"
                 raise ValueError(
                     f"{name} of {example['caption']!r}: not finite as {dtype} (largest {np.abs(value).max():.3g}), so "
                     f"use dtype='float32' or look at {maker}"

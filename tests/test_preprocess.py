@@ -132,6 +132,39 @@ def test_text_lies_beside_latents_without_its_padding(tmp_path):
         run(tmp_path / "b", Encoder(), read=lambda c: (read(c)[0] * 1e6, read(c)[1]), dtype="float16")
 
 
+def test_what_networks_are_given_of_first_frames_lies_beside_latents(tmp_path):
+    """The same clips are encoded, begun and looked at, also where a batch is filled up."""
+    encode = Encoder()
+
+    def begin(videos):
+        return encode(np.concatenate([videos[:, :1], np.full_like(videos[:, 1:], 127)], axis=1))
+
+    def look(images):
+        return np.stack([image.mean((1, 2))[:, None] for image in images])
+
+    preprocessing.preprocess(
+        encode,
+        KineticShapes(num_clips=5),
+        tmp_path,
+        buckets=BUCKETS[:1],
+        begin=begin,
+        look=look,
+        batch_size=4,
+        dtype="float32",
+    )
+    source = RecordSource(tmp_path)
+    loader = make_loader(source, buckets=[(5, 16, 16, 5)], seed=0)
+    batch = next(loader)
+    loader.close()
+    assert batch["image_latent"].shape == batch["latent"].shape == (5, 3, 2, 2, 3)
+    np.testing.assert_array_equal(batch["image_latent"][:, 0], batch["latent"][:, 0])  # the encoder takes frames alone
+    np.testing.assert_allclose(batch["image_latent"][:, 1:], 127 / 127.5 - 1, atol=1e-6)
+    assert batch["image_tokens"].shape == (5, 16, 1)
+    means = (batch["image_tokens"].mean((1, 2)), (batch["latent"][:, 0].mean((1, 2, 3)) + 1) * 127.5)
+    np.testing.assert_allclose(*means, rtol=1e-5)
+    assert set(source.metadata["schema"]) == {"latent", "image_latent", "image_tokens", "shape", "caption"}
+
+
 def test_several_hosts_write_what_one_writes(tmp_path):
     whole = run(tmp_path / "whole", Encoder(), read=read)
     encoders = [Encoder(), Encoder()]

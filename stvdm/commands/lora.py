@@ -51,9 +51,9 @@ def run(args: argparse.Namespace) -> None:
     from stvdm.sampling import pipeline
 
     if args.action == "merge":
-        params, description = checkpoint.load_model(pipeline.model_folder(args.base))
+        params, description = pipeline.load_whole(args.base)
         adapters = [(pipeline.adapters_of(place, description["sha256"]), weight) for place, weight in args.lora]
-        merged = lora.merged({"dit": params["dit"]}, adapters)
+        merged = lora.merged(pipeline.transformers_of(params, adapters), adapters)
         checkpoint.save_model(args.to, {**params, **merged}, description)
     elif args.action == "import":
         about = _described(args.base)

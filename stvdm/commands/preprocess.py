@@ -2,6 +2,7 @@
 """`stvdm preprocess`: the latents of a data set, computed once."""
 
 import argparse
+import functools
 import json
 import re
 import signal
@@ -20,10 +21,11 @@ def add(commands: Any) -> None:
         commands,
         "preprocess",
         run,
-        "compute the latents of a data set once, and what a tower makes of its captions",
+        "compute the latents of a data set once, and what towers make of its captions and first frames",
         "stvdm preprocess --config=configs/autoencoder_kinetic.py --checkpoint=runs/autoencoder --out=runs/latents",
         "Then train on them with --config.data.source=latents --config.data.path=DIR. With the config of a DiT whose "
-        "text.tower names a published tower, its text is stored beside the latents. On the workers of a TPU slice, "
+        "text.tower names a published tower, its text is stored beside the latents, and with that of a network that "
+        "begins with an image, what such a network is given of first frames. On the workers of a TPU slice, "
         "launch/README.md shows how.",
     )
     parts.add_config(command)
@@ -73,18 +75,27 @@ def run(args: argparse.Namespace) -> None:
     from stvdm import checkpoint, preprocess, sharding
     from stvdm.data import loader
     from stvdm.interop import towers
-    from stvdm.sampling import pipeline
+    from stvdm.sampling import first_frame, pipeline
 
     params, description = checkpoint.load_model(pipeline.model_folder(folder))
     autoencoder = pipeline.autoencoder_of(description["autoencoder"])
-    made_by = {"autoencoder": description["sha256"]}
+    made_by: dict[str, Any] = {"autoencoder": description["sha256"]}
     tower = pipeline.reader_of(config.to_dict()) if config.kind == "dit" else None
     if tower is not None:
         made_by["text"] = towers.identity(config.text.tower, max_tokens=config.text.max_tokens)
+    takes = first_frame.parts_of(config.model) if config.kind == "dit" else {}
+    if "image_latent" in takes:
+        made_by["image_latent"] = True  # part of what tells this folder from another
+    looker = pipeline.looker_of(config.to_dict()) if "image_tokens" in takes else None
+    if looker is not None:
+        made_by["image"] = towers.identity(config.image.tower)
 
-    @jax.jit
-    def encode(params: Any, video_BTHWC: Any) -> Any:
-        return autoencoder.apply({"params": params}, pipeline.to_model_range(video_BTHWC), method="encode")[0]
+    @functools.partial(jax.jit, static_argnames="begin")
+    def encode(params: Any, video_BTHWC: Any, *, begin: bool) -> Any:
+        video = pipeline.to_model_range(video_BTHWC)
+        if begin:
+            video = first_frame.followed_by_grey(video, video.shape[1])
+        return autoencoder.apply({"params": params}, video, method="encode")[0]
 
     # Clips are split over the devices of this host, and so are a tower's weights; hosts have nothing to say to another.
     devices = jax.local_devices()
@@ -92,9 +103,9 @@ def run(args: argparse.Namespace) -> None:
     params = jax.device_put(params["autoencoder"], sharding.replicated(mesh))
     data, done = config.data, 0
 
-    def encode_here(video_BTHWC: Any) -> Any:
+    def encode_here(video_BTHWC: Any, *, begin: bool = False) -> Any:
         supervisor.beat(done)
-        return encode(params, jax.device_put(video_BTHWC, sharding.batch_sharding(mesh)))
+        return encode(params, jax.device_put(video_BTHWC, sharding.batch_sharding(mesh)), begin=begin)
 
     def wait() -> None:
         supervisor.beat(done)
@@ -115,6 +126,8 @@ def run(args: argparse.Namespace) -> None:
             buckets=data.buckets,
             seed=config.seed,
             read=None if tower is None else tower.on(mesh).__call__,
+            begin=functools.partial(encode_here, begin=True) if "image_latent" in takes else None,
+            look=None if looker is None else looker.on(mesh).__call__,
             host=(jax.process_index(), jax.process_count()) if args.host == AUTO else args.host,
             batch_size=-(-args.batch // len(devices)) * len(devices),
             about=made_by,

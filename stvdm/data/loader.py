@@ -33,7 +33,7 @@ from stvdm.data import buckets as bucketing
 from stvdm.data import kinetic_shapes, transforms
 from stvdm.data.buckets import Bucket
 from stvdm.data.folder import FolderSource, SkipReport
-from stvdm.data.records import RecordSource
+from stvdm.data.records import FLOATS, RecordSource
 from stvdm.data.video import BadVideo
 
 MAX_REPLACEMENTS = 64  # files in a row that may fail before reading gives up
@@ -471,7 +471,7 @@ def read_clip(
     num_frames, height, width = bucket.shape
     example = source.read(index, num_frames=num_frames, height=height, width=width, rng=rng)
     if source.kind == "latent":
-        return {name: example[name] for name in ("latent", "caption", "text") if name in example}
+        return {name: example[name] for name in ("caption", *FLOATS) if name in example}
     video = transforms.choose_clip(example["video"], num_frames, rng=rng)
     video = transforms.resize_and_crop(video, height, width, position=(rng.uniform(), rng.uniform()))
     if flip and rng.random() < 0.5:
@@ -529,7 +529,9 @@ class _Rows(grain.MapDataset):
 
 def _stack(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     batch: dict[str, Any] = {
-        key: np.stack([example[key] for example in examples]) for key in ("video", "latent") if key in examples[0]
+        key: np.stack([example[key] for example in examples])
+        for key in ("video", "latent", "image_latent", "image_tokens")
+        if key in examples[0]
     }
     batch["caption"] = [example["caption"] for example in examples]
     if "text" in examples[0]:

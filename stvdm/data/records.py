@@ -33,6 +33,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from stvdm.data.video import BadVideo
 
 VERSION = 2
+FLOATS = ("latent", "text", "image_latent", "image_tokens")  # are read in float32, however they are stored
 
 
 def encode(example: Mapping[str, Any]) -> bytes:
@@ -187,14 +188,12 @@ class RecordSource:
         return len(self.shapes)
 
     def read(self, index: int, **unused: Any) -> dict[str, Any]:
-        """The whole example: "video" uint8, or "latent", "text" float32, and the rest; BadVideo if it is damaged."""
+        """The whole example: "video" uint8, or `FLOATS` as far as they are there, ...; BadVideo if it is damaged."""
         try:
             example = decode(self._records[index])
         except Exception as error:  # array_record and msgpack raise what they like
             raise BadVideo(f"damaged record: {error}", f"{self.path}[{index}]") from error
-        floats: dict[str, Any] = {
-            name: example[name].astype(np.float32) for name in ("latent", "text") if name in example
-        }
+        floats: dict[str, Any] = {name: example[name].astype(np.float32) for name in FLOATS if name in example}
         return {**example, **floats}
 
     def caption(self, index: int) -> str:

@@ -16,6 +16,7 @@ another, so two equations give back both, and a sampler always sees a velocity, 
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
@@ -198,6 +199,7 @@ def sample_times(
     std: float = 1.0,
     stratified: bool = False,
     shift: float = 1.0,
+    within: tuple[float, float] = (0.0, 1.0),
 ) -> Array:
     """Training times in [0, 1], float32.
 
@@ -207,17 +209,31 @@ def sample_times(
       stratified: one draw in each of prod(shape) strata of equal probability, in random order: the same density for
         every element, far less variance in the mean of a batch.
       shift: see `shift_time`; applied last.
+      within: of this density, shift and all, the part between two times alone.
     """
     count = math.prod(shape)
     key_uniform, key_order = jax.random.split(key)
     quantile = jax.random.uniform(key_uniform, (count,), jnp.float32)
     if stratified:
         quantile = (jax.random.permutation(key_order, count) + quantile) / count
+    if within != (0.0, 1.0):
+        low, high = (_share_below(t, density=density, mean=mean, std=std, shift=shift) for t in within)
+        quantile = low + (high - low) * quantile
     if density == "logit_normal":
         quantile = jax.nn.sigmoid(mean + std * jax.scipy.special.ndtri(quantile))
     elif density != "uniform":
         raise ValueError(f"density={density!r}: expected uniform or logit_normal.")
-    return shift_time(quantile, shift).reshape(shape)
+    return jnp.clip(shift_time(quantile, shift), *within).reshape(shape)  # rounding may lead over the edge
+
+
+def _share_below(t: float, *, density: str, mean: float, std: float, shift: float) -> float:
+    """Of all times that `sample_times` draws."""
+    if t in (0.0, 1.0):
+        return t
+    before = t / (shift + (1.0 - shift) * t)  # the shift undone
+    if density == "uniform":
+        return before
+    return statistics.NormalDist(mean, std).cdf(math.log(before / (1.0 - before)))
 
 
 def shift_time(t: ArrayLike, shift: float) -> Array:

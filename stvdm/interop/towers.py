@@ -149,7 +149,17 @@ class Looker(NamedTuple):
 
     def __call__(self, images: Sequence[np.ndarray]) -> jax.Array:
         """image_BSE, float32, of bytes (H, W, 3) of any size: states of the last layer but one, class first."""
-        return _look(self.model, self.params, prepare(images, self.model.image_size))
+        return self.look(prepare(images, self.model.image_size))
+
+    def look(self, image_BHWC: Any) -> jax.Array:
+        """The same of images that are `prepare`d, wherever they lie."""
+        return _look(self.model, self.params, image_BHWC)
+
+    def on(self, mesh: jax.sharding.Mesh) -> Looker:
+        """The same with its weights split over a mesh."""
+        size = self.model.image_size
+        boxed = mapping.boxed_shapes_of(self.model, jnp.zeros((1, size, size, 3)))
+        return self._replace(params=_split(self.params, boxed, mesh))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -253,17 +263,22 @@ class Reader(NamedTuple):
         """The same with its weights split over a mesh, or on one device."""
         if mesh is None:
             return self._replace(params=jax.device_put(self.params))
-        split = sharding.shardings(mapping.boxed_shapes_of(self.model, jnp.zeros((1, 2), int)), mesh)
-
-        def put(leaf: np.ndarray, where: jax.sharding.NamedSharding) -> jax.Array:
-            return jax.make_array_from_callback(leaf.shape, where, lambda index: leaf[index])
-
-        return self._replace(params=jax.tree.map(put, self.params, split))
+        boxed = mapping.boxed_shapes_of(self.model, jnp.zeros((1, 2), int))
+        return self._replace(params=_split(self.params, boxed, mesh))
 
     def only(self, captions: Sequence[str]) -> Reader:
         """The same that knows these captions, and no longer has its weights."""
         texts = [checkpoint.on_host(self([caption])[0])[0] for caption in captions]
         return self._replace(params=None, known=dict(zip(captions, texts, strict=True)))
+
+
+def _split(params: Tree, boxed: Tree, mesh: jax.sharding.Mesh) -> Tree:
+    """Weights as the boxes of a tower's shapes say."""
+
+    def put(leaf: np.ndarray, where: jax.sharding.NamedSharding) -> jax.Array:
+        return jax.make_array_from_callback(leaf.shape, where, lambda index: leaf[index])
+
+    return jax.tree.map(put, params, sharding.shardings(boxed, mesh))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -290,8 +305,8 @@ def reader(place: epath.PathLike, *, max_tokens: int, dtype: str = "float32") ->
     return _READERS[kind](folder, max_tokens=max_tokens, dtype=dtype)
 
 
-def identity(place: epath.PathLike, *, max_tokens: int) -> dict[str, Any]:
-    """What tells texts apart that a tower has read: the digest of its weights, and where it cuts captions."""
+def identity(place: epath.PathLike, *, max_tokens: int | None = None) -> dict[str, Any]:
+    """What tells apart what towers have made: the digest of their weights, and where they cut captions if they do."""
     folder = mapping.folder_of(place)
     files = [folder] if folder.is_file() else sorted(folder.glob("*.safetensors"))
     digest = hashlib.sha256()
@@ -299,7 +314,7 @@ def identity(place: epath.PathLike, *, max_tokens: int) -> dict[str, Any]:
         with path.open("rb") as opened:
             while chunk := opened.read(1 << 24):
                 digest.update(chunk)
-    return {"tower": digest.hexdigest(), "max_tokens": max_tokens}
+    return {"tower": digest.hexdigest()} | ({} if max_tokens is None else {"max_tokens": max_tokens})
 
 
 def t5(

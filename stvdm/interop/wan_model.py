@@ -270,7 +270,8 @@ def held(place: epath.PathLike) -> Held:
     """What a folder of ours holds of a Wan model, for `weights.fill` and for giving back.
 
     Args:
-      place: what `bring` wrote, or a training: its run, or the model that it exported.
+      place: what `bring` wrote, or a training: its run, or the model that it exported. Of a training of one of two
+        networks that take turns, the other is of the model that it started from.
 
     Raises:
       FileNotFoundError: if files are missing.
@@ -298,6 +299,9 @@ def held(place: epath.PathLike) -> Held:
         model = pipeline.autoencoder_of(description["autoencoder"])
         coder = Coder(model, weights.of_file(file, "autoencoder/"), statistics)
     parts = {name: (dit, weights.of_file(file, f"{name}/")) for name, dit in dits.items()}
+    if kind == "dit" and (turn := description["config"].get("turn")) and "dit" in parts:
+        other = held(description["config"]["start_from"]).transformers
+        parts = {**other, f"dit_{turn}": parts["dit"]}
     return Held(parts, coder, description)
 
 
@@ -333,7 +337,7 @@ def give(
 
     Args:
       dtype: of the transformers' weights; an autoencoder's stay float32.
-      params: {"dit"}: the transformer's, in place of those in the folder.
+      params: {"dit"}: those of the transformer that was trained, in place of those in the folder.
 
     Raises:
       FileNotFoundError, ValueError: as `held` and `wan.config_of`.
@@ -344,7 +348,8 @@ def give(
         wan.config_of(dit, to)  # refused before anything is written
     folders = []
     for name, (dit, part) in model.transformers.items():
-        part = part if params is None else weights.of_tree(params[name])
+        if params is not None and name in ("dit", f"dit_{model.description['config'].get('turn')}"):
+            part = weights.of_tree(params["dit"])
         folders.append(str(out / named[name]))
         wan.save(folders[-1], dit, part, to, dtype=dtype, shard_bytes=shard_bytes)
     coder = model.autoencoder
@@ -401,7 +406,7 @@ def index_of(transformers: list[tuple[DiT, weights.Part]], settings: Mapping[str
     return {
         "_class_name": kind,
         **{name: list(where) for name, where in parts.items()},
-        "boundary_ratio": settings["sample"].get("boundary") or None,
+        "boundary_ratio": (settings["sample"].get("boundary") or None) if two else None,
         "expand_timesteps": dit.latent_channels == 48,
     }
 

@@ -204,7 +204,7 @@ def _program(config: ConfigDict, coder: Autoencoder, mesh: Mesh | None) -> tuple
             rows = {"latent": ((*coder.latent_shape((T, H, W)), coder.latent_channels), jnp.float32)}
         S, has_tower = config.text.max_tokens, bool(config.text.tower)
         words = ((S, config.text.width), jnp.float32) if has_tower else ((S,), jnp.int32)
-        rows |= {"tokens": words, "mask": ((S,), jnp.bool_)}
+        rows |= {"tokens": words, "mask": ((S,), jnp.bool_), **train_dit.image_rows(config, coder, (T, H, W))}
         clip = jax.ShapeDtypeStruct((1, T, H, W, 3), jnp.float32)
         weights = jax.eval_shape(coder.init, jax.random.key(0), clip)["params"]
         scale = jax.ShapeDtypeStruct((coder.latent_channels,), jnp.float32)

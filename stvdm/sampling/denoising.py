@@ -27,6 +27,7 @@ from stvdm.diffusion.schedules import Stops
 from stvdm.models.dit import DiT
 from stvdm.models.text_encoders import TextEncoder
 from stvdm.models.unet import UNet
+from stvdm.sampling import first_frame
 from stvdm.sampling.first_frame import Given
 
 Tree = Any
@@ -69,7 +70,10 @@ class Models(NamedTuple):
         if given.image_BSE is not None:
             image = {"image_BSE": given.image_BSE}
         if given.known_B1hwz is not None:
-            time_BK = jnp.stack([jnp.zeros_like(time_B), time_B], axis=1)
+            first_B = jnp.zeros_like(time_B)
+            if given.is_known_B is not None:
+                first_B = jnp.where(given.is_known_B, first_B, time_B)
+            time_BK = jnp.stack([first_B, time_B], axis=1)
             t, h, w = shapes.token_grid(x_Bthwz.shape[1:4], self.dit.patch)
             level_BN = jnp.broadcast_to(jnp.arange(t * h * w) >= h * w, (len(time_B), t * h * w)).astype(jnp.int32)
         return self.dit.apply({"params": params["dit"]}, x_Bthwz, time_BK, level_BN, text_BSE, mask_BS, **image)
@@ -139,7 +143,7 @@ def denoise(
     """
     x = noise_Bthwz.astype(jnp.float32)
     if given.known_B1hwz is not None:
-        x = x.at[:, :1].set(given.known_B1hwz)
+        x = jnp.where(first_frame.is_known(given, x.shape[1]), given.known_B1hwz, x)
     state, num_done = None, 0
     for network, part, here in turns(params, stops, how):
         x, state = _follow(
@@ -230,7 +234,7 @@ def guided_velocity(
         return guided
 
     def pinned(x: jax.Array, t: jax.Array) -> jax.Array:
-        is_first = jnp.arange(x.shape[1])[:, None, None, None] == 0
-        return guidance.keep_known(guided, jnp.where(is_first, first, 0.0), is_first)(x, t)
+        is_known = first_frame.is_known(given, x.shape[1])
+        return guidance.keep_known(guided, jnp.where(is_known, first, 0.0), is_known)(x, t)
 
     return pinned

@@ -12,13 +12,17 @@
 
     given = first_frame.given(image_HWC, (81, 480, 832), dit, encode=encode, temporal=4, look=look, batch_size=1)
 
+In training the image is the clip's own first frame, and `followed_by_grey`, `beside` and `is_known` make of it what
+`given` makes of an image. Guidance leads away from the caption alone: with an empty caption the image is given too, in
+sampling as in training.
+
 Sources: wan/image2video.py and wan/textimage2video.py of github.com/Wan-Video/Wan2.2; diffusers'
 WanImageToVideoPipeline.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +31,7 @@ import numpy as np
 
 from stvdm.data import transforms
 from stvdm.interop import towers
+from stvdm.models.autoencoder3d import Autoencoder
 from stvdm.models.block import MODULATED
 from stvdm.models.dit import DiT
 
@@ -37,6 +42,7 @@ class Given(NamedTuple):
     extra_Bthwz: jax.Array | None = None  # mask and latent, which stand behind the noisy latent's channels
     image_BSE: jax.Array | None = None  # tokens
     known_B1hwz: jax.Array | None = None  # the first latent frame
+    is_known_B: jax.Array | None = None  # of which clips it is known; None: of all
 
 
 def given(
@@ -70,14 +76,8 @@ def given(
     if not getattr(dit, "extra_channels", 0):
         _check_levels(dit)
         return Given(known_B1hwz=_repeat(encode(frame_1THWC), batch_size))
-    grey_1THWC = jnp.zeros((1, T - 1, H, W, 3))
-    latent = encode(jnp.concatenate([frame_1THWC, grey_1THWC], axis=1))
-    if dit.extra_channels != temporal + latent.shape[-1]:
-        raise ValueError(
-            f"extra_channels={dit.extra_channels}: expected {temporal + latent.shape[-1]}, a mask for each of the "
-            f"{temporal} frames of a latent frame and {latent.shape[-1]} channels of the image's latent."
-        )
-    mask = jnp.zeros((*latent.shape[:-1], temporal)).at[:, 0].set(1.0)
+    latent = encode(followed_by_grey(frame_1THWC, T))
+    _check_channels(dit, temporal, latent.shape[-1])
     tokens = None
     if dit.image_width:
         if look is None:
@@ -85,13 +85,68 @@ def given(
                 "image.tower='': this network reads images by a tower; name its folder, e.g. the model's image_encoder."
             )
         tokens = _repeat(look([image_HWC]), batch_size)
-    return Given(extra_Bthwz=_repeat(jnp.concatenate([mask, latent], axis=-1), batch_size), image_BSE=tokens)
+    return Given(extra_Bthwz=_repeat(beside(latent, temporal), batch_size), image_BSE=tokens)
+
+
+def parts_of(model: Mapping[str, Any]) -> dict[str, int]:
+    """What a network with these settings, a config's ``model``, is given beside the noisy latent, and how wide that is.
+
+    "image_latent" in as many extra channels, its mask among them; "image_tokens".
+    """
+    model = dict(model)  # a U-Net's has neither
+    sizes = {"image_latent": model.get("extra_channels", 0), "image_tokens": model.get("image_width", 0)}
+    return {name: size for name, size in sizes.items() if size}
+
+
+def followed_by_grey(video_BTHWC: jax.Array, num_frames: int) -> jax.Array:
+    """The first frame of videos in [-1, 1] and then grey ones, that many in all."""
+    B, _, H, W, C = video_BTHWC.shape
+    grey = jnp.zeros((B, num_frames - 1, H, W, C), video_BTHWC.dtype)
+    return jnp.concatenate([video_BTHWC[:, :1], grey], axis=1)
+
+
+def beside(latent_Bthwz: jax.Array, temporal: int) -> jax.Array:
+    """extra_Bthwz: the mask of `temporal` channels, and the normalised latent of what `followed_by_grey` makes."""
+    mask = jnp.zeros((*latent_Bthwz.shape[:-1], temporal), latent_Bthwz.dtype).at[:, 0].set(1.0)
+    return jnp.concatenate([mask, latent_Bthwz], axis=-1)
+
+
+def is_known(given: Given, num_latent_frames: int) -> jax.Array:
+    """Where latents are known, given a first frame that is; to broadcast against latent_Bthwz."""
+    is_first = jnp.arange(num_latent_frames)[:, None, None, None] == 0
+    return is_first if given.is_known_B is None else is_first & given.is_known_B[:, None, None, None, None]
+
+
+def check(dit: Any, coder: Autoencoder) -> None:
+    """Refuses to train a network to begin with an image, on latents in which that has no place of its own.
+
+    Raises:
+      ValueError: if it has other channels than the image's latent and mask, it is told one time for all of a clip, or
+        the first latent frame is not the first frame alone.
+    """
+    if coder.grouping != "causal":
+        raise ValueError(
+            f"grouping={coder.grouping!r} of the autoencoder: its first latent frame is not the clip's first frame "
+            "alone, which a network that begins with an image is given; expected 'causal'."
+        )
+    if getattr(dit, "extra_channels", 0):
+        _check_channels(dit, coder.temporal, coder.latent_channels)
+    else:
+        _check_levels(dit)
 
 
 def check_needless(dit: Any) -> None:
     """Raises ValueError for a network that makes no clip without an image."""
     if getattr(dit, "extra_channels", 0) or getattr(dit, "image_width", 0):
         raise ValueError("this model makes clips that begin with an image: give one (`image=`, `--image FILE`).")
+
+
+def _check_channels(dit: Any, temporal: int, latent_channels: int) -> None:
+    if dit.extra_channels != temporal + latent_channels:
+        raise ValueError(
+            f"extra_channels={dit.extra_channels}: expected {temporal + latent_channels}, a mask for each of the "
+            f"{temporal} frames of a latent frame and {latent_channels} channels of the image's latent."
+        )
 
 
 def _check_levels(dit: Any) -> None:

@@ -165,13 +165,13 @@ class Pipeline:
 
         Raises:
           FileNotFoundError: if there is no model, or not its towers.
-          ValueError: if the files are damaged, the model is an autoencoder alone, or adapters are for one network and
-            it has two.
+          ValueError: if the files are damaged, the model is an autoencoder alone, or adapters are for a network that it
+            has not.
         """
-        params, description = checkpoint.load_model(bundled() if path is None else model_folder(path))
+        params, description = load_whole(bundled() if path is None else path)
         if description["kind"] == "lora":
             adapters = [(path or "", 1.0), *adapters]
-            params, description = checkpoint.load_model(model_folder(description["base"]))
+            params, description = load_whole(description["base"])
         if description["kind"] != "dit":
             remedy = {
                 "autoencoder": "train a transformer on it with `stvdm train dit`, and give that folder.",
@@ -180,11 +180,9 @@ class Pipeline:
             raise ValueError(
                 f"{path}: this is a model of kind {description['kind']!r}, which makes no videos by itself; {remedy}"
             )
-        if adapters and "dit" not in params:
-            raise ValueError(f"{path}: adapters are for one network, and this model has two that take turns.")
         trained = [(adapters_of(place, description["sha256"]), weight) for place, weight in adapters]
         if trained:
-            params = {**params, **lora.beside({"dit": params["dit"]}, trained)}
+            params = {**params, **lora.beside(transformers_of(params, trained), trained)}
         reader = reader_of(description["config"], tower)
         looker = looker_of(description["config"], image_tower)
         return cls.of(params, description, reader=reader and reader.on(), looker=looker)
@@ -236,7 +234,7 @@ class Pipeline:
         seed: int = 0,
         seeds: Sequence[int] | None = None,
         negative: str | None = None,
-        image: np.ndarray | None = None,
+        image: np.ndarray | first_frame.Given | None = None,
         steps: int | None = None,
         guidance: float | None = None,
         guidance_low: float | None = None,
@@ -252,7 +250,8 @@ class Pipeline:
         Args:
           seeds: one seed for each prompt, in place of ``seed`` (and then ``num`` is 1).
           negative: a prompt that guidance leads away from.
-          image: what all clips begin with, bytes (H, W, 3) of any size; cut to the sides of the clips.
+          image: what all clips begin with, bytes (H, W, 3) of any size; cut to the sides of the clips. Or what the
+            network is given of images, one for each of ``batch_size`` clips.
           guidance_low: of two networks that take turns, that of the second.
           batch_size: videos made side by side.
           progress: called with (steps done, steps in all), over all videos.
@@ -311,7 +310,7 @@ class Pipeline:
             batch_size=batch_size,
             model_sha256=self.digest,
         )
-        if image is not None:
+        if isinstance(image, np.ndarray):
             settings["image_sha256"] = hashlib.sha256(image.tobytes()).hexdigest()
         return Result(
             videos=np.concatenate(videos),
@@ -326,7 +325,11 @@ class Pipeline:
         shift = chosen["shift"] or shift_of(latent_thw, self.autoencoder, self.settings)
         return schedules.stops(chosen["steps"], shift=shift, spacing=chosen["spacing"])
 
-    def _given(self, image: np.ndarray | None, shape: tuple[int, int, int], batch_size: int) -> first_frame.Given:
+    def _given(
+        self, image: np.ndarray | first_frame.Given | None, shape: tuple[int, int, int], batch_size: int
+    ) -> first_frame.Given:
+        if isinstance(image, first_frame.Given):
+            return image
         if image is None:
             first_frame.check_needless(self.models.dit)
             return denoising.NOTHING
@@ -383,8 +386,37 @@ class Pipeline:
             warnings.warn(f"negative={chosen['negative']!r}: guidance=1 leads away from nothing.", stacklevel=3)
 
 
+def load_whole(path: epath.PathLike) -> tuple[Tree, dict[str, Any]]:
+    """(params, description) of the model in the folder of a run or of an export.
+
+    A training of one of two networks that take turns left that one: the other is that of the model it started from.
+    """
+    params, description = checkpoint.load_model(model_folder(path))
+    settings = description.get("config", {})
+    if description["kind"] != "dit" or not settings.get("turn"):
+        return params, description
+    start, _ = load_whole(settings["start_from"])
+    trained = params.pop("dit")
+    both = {name: start[name] for name in (denoising.HIGH, denoising.LOW)}
+    return {**params, **both, f"dit_{settings['turn']}": trained}, description
+
+
+def transformers_of(params: Tree, adapters: lora.Weighted) -> Tree:
+    """Of a model's weights those that adapters are for, or may be.
+
+    Raises:
+      ValueError: if some are for a network that it has not.
+    """
+    found = {name: params[name] for name in ("dit", denoising.HIGH, denoising.LOW) if name in params}
+    for name in {name for tree, _ in adapters for name in tree}:
+        if name not in found:
+            raise ValueError(f"these adapters are for the network {name!r}, and this model has {', '.join(found)}.")
+    return found
+
+
 def adapters_of(path: epath.PathLike, base: str) -> Tree:
-    """The adapters in the folder of a run or of an export; a warning if they were trained beside other weights.
+    """The adapters in the folder of a run or of an export, under the name of the network that they are for; a warning
+    if they were trained beside other weights.
 
     Args:
       base: the digest of the weights that they are for now.
@@ -401,7 +433,7 @@ def adapters_of(path: epath.PathLike, base: str) -> Tree:
             f"not beside {base[:12]}..., and may do other than there.",
             stacklevel=3,
         )
-    return params
+    return {description.get("network", "dit"): params["dit"]}
 
 
 def autoencoder_of(model: Mapping[str, Any]) -> Autoencoder:

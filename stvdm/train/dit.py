@@ -9,15 +9,20 @@ In ``workdir``: ``checkpoints/`` to go on from, ``metrics.jsonl``, ``tensorboard
 ``config.sample.previews`` or of held-out captions), ``model/`` (the averaged weights together with the autoencoder:
 what `stvdm generate` loads). The latents are read ready-made (``data.source="latents"``) or encoded in the step.
 
+Of two networks that take turns a training is of one (``turn``), at its own times (``flow.times``); `Pipeline.load`
+finds the other where this one started from. It makes no previews, which would take both.
+
 With ``lora.rank`` low-rank adapters are trained beside the weights of ``start_from``: those are no part of the state,
 have no moments, no average and no gradient, and ``model/`` holds the adapters alone.
 
 Where a published tower reads the captions (``text.tower``) it is frozen, and no part of the step: what it makes of them
-lies beside the latents (`stvdm preprocess`), or is computed before each step.
+lies beside the latents (`stvdm preprocess`), or is computed before each step. So it is with the tower that looks at
+images, of a network that begins with one: a clip's image is its own first frame (`sampling.first_frame`).
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -40,9 +45,10 @@ from stvdm.diffusion import flow
 from stvdm.interop import towers
 from stvdm.models import autoencoder3d, lora
 from stvdm.models.autoencoder3d import Autoencoder
+from stvdm.models.clip import prepare
 from stvdm.models.text_encoders import WordTokenizer, collect_words
 from stvdm.planning.flops import model_flops
-from stvdm.sampling import denoising, pipeline
+from stvdm.sampling import denoising, first_frame, pipeline
 from stvdm.sampling.pipeline import Pipeline
 from stvdm.train import preemption, split_weights, supervisor
 from stvdm.train import state as state_lib
@@ -54,8 +60,10 @@ Metrics = dict[str, jax.Array]
 Captions = tuple[Any, Any]  # (tokens_BS, mask_BS), or a tower's (text_BSE, mask_BS)
 
 MAX_CAPTIONS = 20_000  # that are read for the vocabulary
+IMAGE_TOKENS = 257  # of an image, by the tower of Wan 2.1: CLIP ViT-H/14 at 224
 NUM_PREVIEWS = 4  # held-out captions that are sampled where the config names no prompts
-EVAL_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # at which the held-out loss is taken, each by itself
+EVAL_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # at which the held-out loss is taken, each by itself; of the way through the
+# times that are trained
 
 
 def program(config: ConfigDict, coder: Autoencoder) -> Program:
@@ -68,8 +76,10 @@ def program(config: ConfigDict, coder: Autoencoder) -> Program:
     tokenizer = WordTokenizer(tuple(config.text.words), config.text.max_tokens)
     settings = config.to_dict()
     models = pipeline.build(settings, latent_channels=coder.latent_channels, num_words=tokenizer.vocabulary_size)
-    latents_of = latent_reader(coder, ready=config.data.source == "latents")
+    read = batch_reader(config, coder)
     null = no_caption(config)
+    if begins_with_image(config):
+        first_frame.check(models.dit, coder)
     fresh = initialiser(config, coder)
 
     def init() -> Tree:
@@ -85,16 +95,17 @@ def program(config: ConfigDict, coder: Autoencoder) -> Program:
     # Loss.
     objective = denoising.objective(settings["flow"])
 
-    def flow_loss(
-        params: Tree, latent: jax.Array, tokens: jax.Array, mask: jax.Array, time: jax.Array, key: jax.Array
-    ) -> tuple[jax.Array, Metrics]:
-        text = models.read(params, tokens, mask)
+    def flow_loss(params: Tree, batch: Tree, time: jax.Array, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        latent, mask = batch["latent"], batch["mask"]
+        text = models.read(params, batch["tokens"], mask)
+        given = beginning(config, batch, jax.random.fold_in(key, 1))
         return flow.flow_matching_loss(
-            lambda x, t: models.predict(params, x, t, text, mask),
+            lambda x, t: models.predict(params, x, t, text, mask, given),
             latent,
             jax.random.normal(key, latent.shape),
             time,
             objective=objective,
+            mask=None if given.known_B1hwz is None else first_frame.is_known(given, latent.shape[1]),
         )
 
     def loss(params: Tree, batch: Tree, key: jax.Array, null: Captions = null) -> tuple[jax.Array, Metrics]:
@@ -113,8 +124,9 @@ def program(config: ConfigDict, coder: Autoencoder) -> Program:
             std=config.flow.std,
             stratified=config.flow.stratified,
             shift=config.flow.shift or pipeline.shift_of(latent.shape[1:4], coder, settings),
+            within=tuple(config.flow.times),
         )
-        losses, parts = flow_loss(params, latent, tokens, mask, time, key_noise)
+        losses, parts = flow_loss(params, {**batch, "tokens": tokens, "mask": mask}, time, key_noise)
         return losses.mean(), {"velocity_mse": parts["velocity_mse"].mean()}
 
     # Step.
@@ -132,8 +144,7 @@ def program(config: ConfigDict, coder: Autoencoder) -> Program:
         return split_weights.split(params, is_multiplied) if config.model.dtype == "bfloat16" else params
 
     def train_step(state: State, batch: Tree, frozen: Tree) -> tuple[State, Metrics]:
-        batch = {**batch, "latent": latents_of(frozen, batch)}
-        batch.pop("video", None)
+        batch = read(frozen, batch)
         rate_now = rate(state.step - state.num_skipped)
         grads, metrics = gradient(frozen)(state.params, batch, state_lib.stream(config.seed, state.step, "flow"))
         state, taken = state_lib.update(
@@ -143,11 +154,11 @@ def program(config: ConfigDict, coder: Autoencoder) -> Program:
 
     # Evaluation: at fixed times, with fixed noise.
     def held_out_loss(params: Tree, batch: Tree, frozen: Tree, key: jax.Array) -> Metrics:
-        latent, params = latents_of(frozen, batch), whole(params, frozen)
-        scores = {}
-        for t in EVAL_TIMES:
-            time = jnp.full(latent.shape[:1], t)
-            _, parts = flow_loss(params, latent, batch["tokens"], batch["mask"], time, key)
+        batch, params = read(frozen, batch), whole(params, frozen)
+        scores, (low, high) = {}, config.flow.times
+        for t in (round(low + (high - low) * share, 4) for share in EVAL_TIMES):
+            time = jnp.full(batch["latent"].shape[:1], t)
+            _, parts = flow_loss(params, batch, time, key)
             scores[f"velocity_mse_at_{t}"] = parts["velocity_mse"].mean()
         return {"velocity_mse": jnp.mean(jnp.stack(list(scores.values()))), **scores}
 
@@ -155,8 +166,9 @@ def program(config: ConfigDict, coder: Autoencoder) -> Program:
     def work(batch: Tree) -> dict[str, float]:
         clips = batch["tokens"].shape[0]
         latent = batch["latent"].shape[1:4] if "latent" in batch else coder.latent_shape(batch["video"].shape[1:4])
-        made = jax.ShapeDtypeStruct((clips, *latent, coder.latent_channels), jnp.float32)
-        batch = {**batch, "latent": made}
+        channels = {"latent": coder.latent_channels, "extra": first_frame.parts_of(config.model).get("image_latent", 0)}
+        made = {name: jax.ShapeDtypeStruct((clips, *latent, z), jnp.float32) for name, z in channels.items() if z}
+        batch = {**batch, **made, "image": batch.get("image_tokens")}
         params, base = nn.unbox(jax.eval_shape(lambda: (init(), fresh())))
         if config.train_only or config.lora.rank:
             both = {"base": base}, params
@@ -182,10 +194,12 @@ def initialiser(config: ConfigDict, coder: Autoencoder) -> Callable[[], Tree]:
     def fresh() -> Tree:
         key_dit, key_text = jax.random.split(jax.random.key(config.seed))
         text = {} if models.text is None else {"text": models.text.init(key_text, *null)["params"]}
-        latent_Bthwz = jnp.zeros((1, *latent_thw, coder.latent_channels))
+        parts = first_frame.parts_of(config.model)
+        image = {"image_BSE": jnp.zeros((1, 1, parts["image_tokens"]))} if "image_tokens" in parts else {}
+        latent_Bthwz = jnp.zeros((1, *latent_thw, coder.latent_channels + parts.get("image_latent", 0)))
         text_BSE = jnp.zeros((1, config.text.max_tokens, config.text.width))
         time_BK = jnp.zeros((1, 1))
-        return {"dit": models.dit.init(key_dit, latent_Bthwz, time_BK, None, text_BSE)["params"], **text}
+        return {"dit": models.dit.init(key_dit, latent_Bthwz, time_BK, None, text_BSE, **image)["params"], **text}
 
     return fresh
 
@@ -210,15 +224,16 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
         check_buckets(config, coder)
         batches, held_out = state_lib.open_batches(config, mesh)
         check_latents(config, coder_description)
+        images_of = images_reader(config, mesh)
         starts = config.start_from and (before is None or config.lora.rank)
-        start = start_of(config.start_from, coder_params) if starts else None
+        start = start_of(config.start_from, coder_params, turn=config.turn) if starts else None
         config = base.with_words(config, words_of(config, before, start, batches))
         settings = config.to_dict()
         reader = pipeline.reader_of(settings)
         tokenizer = reader.tokenizer if reader else WordTokenizer(tuple(config.text.words), config.text.max_tokens)
-        previews = previews_of(config, tokenizer, held_out)
+        previews = previews_of(config, tokenizer, held_out, mesh)
         reader = reader and reader.on(mesh)
-        known = reader and reader.only(["", config.sample.negative, *previews])
+        known = reader and reader.only(["", config.sample.negative, *previews.prompts])
         captions_of = captions_reader(config, reader, mesh)
         del reader  # a tower that reads nothing more than these lets go of its memory
 
@@ -238,6 +253,7 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
 
         # Evaluation: the loss of held-out clips, and samples of fixed prompts.
         held_out_loss = jax.jit(run.evaluate)
+        read_batch = jax.jit(batch_reader(config, coder))
 
         def evaluate(params: Tree) -> dict[str, float]:
             scores = [
@@ -250,7 +266,7 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
 
         def ready(batch: dict[str, Any]) -> Tree:
             arrays: dict[str, Any] = {name: batch[name] for name in ("video", "latent") if name in batch}
-            return {**state_lib.to_mesh(arrays, mesh), **captions_of(batch)}
+            return {**state_lib.to_mesh(arrays, mesh), **captions_of(batch), **images_of(batch)}
 
         description = {
             "kind": "dit",
@@ -259,11 +275,16 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
             "config": settings,
         }
 
-        def samples(params: Tree, prompts: list[str]) -> np.ndarray:
+        def samples(params: Tree, prompts: list[str], rows: list[int]) -> np.ndarray:
             networks = lora.beside(frozen["base"], [(params, config.lora.scale)]) if config.lora.rank else params
             model = Pipeline.of({**coder_params, **frozen, **networks}, description, reader=known)
-            batch = len(prompts)
-            return model.generate(prompts, batch_size=batch, progress=lambda *_: supervisor.beat()).videos
+            how: dict[str, Any] = dict(batch_size=len(prompts), progress=lambda *_: supervisor.beat())
+            if begins_with_image(config):
+                batch = read_batch(frozen, ready(held_out.batch_at(0)))
+                how["image"] = jax.tree.map(lambda x: checkpoint.on_host(x)[rows], beginning(config, batch))
+                clip = coder.video_shape(batch["latent"].shape[1:4])
+                how |= dict(zip(("num_frames", "height", "width"), clip, strict=True))
+            return model.generate(prompts, **how).videos
 
         # Loop.
         batches.step = first_step
@@ -308,10 +329,10 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
                     with telemetry.timed("evaluate"):
                         scores = evaluate(state.ema)
                     telemetry.record(done, scores, prefix="eval/")
-                    if previews:
+                    if previews.prompts:
                         with telemetry.timed("evaluate"):
-                            videos = samples(state.ema, previews)
-                        telemetry.preview(done, "samples", videos, captions=previews)
+                            videos = samples(state.ema, *previews)
+                        telemetry.preview(done, "samples", videos, captions=previews.prompts)
 
             # Finish.
             if (skipped_since := state_lib.write_report(batches.report, workdir)) != report:
@@ -323,6 +344,7 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
                     model = lora.scaled(state.ema, config.lora.scale)
                     description = {
                         "kind": "lora",
+                        "network": f"dit_{config.turn}" if config.turn else "dit",
                         "base": config.start_from,
                         "base_sha256": start.digest,
                         "autoencoder": coder_description["autoencoder"],
@@ -346,20 +368,28 @@ class Start(NamedTuple):
     digest: str
 
 
-def start_of(path: epath.PathLike, coder_params: Tree) -> Start:
+def start_of(path: epath.PathLike, coder_params: Tree, *, turn: str = "") -> Start:
     """The model in a folder: a trained or imported one, or an imported transformer alone.
 
+    Args:
+      turn: of two transformers that take turns, "high_noise" or "low_noise".
+
     Raises:
-      ValueError: if it is an autoencoder alone or two transformers, or its latents are of another autoencoder than
-        these.
+      ValueError: if it is an autoencoder alone, or two transformers where one is meant or the reverse, or its latents
+        are of another autoencoder than these.
     """
-    params, description = checkpoint.load_model(pipeline.model_folder(path))
-    kind = description["kind"]
-    if "dit_high_noise" in params:
-        raise ValueError(
-            f"start_from={str(path)!r}: a model of two transformers that take turns, and a training is of one. Import "
-            "one of them alone, e.g. from its folder transformer_2, and start from that."
+    params, description = pipeline.load_whole(path)
+    kind, takes_turns = description["kind"], denoising.HIGH in params
+    if takes_turns != bool(turn):
+        has = (
+            "a model of two transformers that take turns, and a training is of one"
+            if takes_turns
+            else "one transformer"
         )
+        expected = "turn='high_noise' or 'low_noise'" if takes_turns else "turn=''"
+        raise ValueError(f"start_from={str(path)!r}: {has}; expected {expected}, got {turn!r}.")
+    if takes_turns:
+        params = {**params, "dit": params[f"dit_{turn}"]}
     if kind not in ("dit", "transformers"):
         raise ValueError(f"start_from={str(path)!r}: a model of kind {kind!r}, expected 'dit' or 'transformers'.")
     if kind == "dit":
@@ -390,7 +420,9 @@ def raw_weights(workdir: epath.PathLike) -> Tree:
             raise FileNotFoundError(f"{workdir}: no checkpoint here, and weights that are no average lie in one alone.")
         if before["lora"]["rank"]:
             raise ValueError(f"{workdir}: a run of adapters has no weights of its own, so merge its average.")
-        config = ConfigDict(before)
+        since = base.dit().to_dict()  # of settings that came later it has none
+        sections = {name: {**since[name], **before.get(name, {})} for name in ("image", "flow")}
+        config = ConfigDict({**since, **before, **sections})
         coder = pipeline.autoencoder_of(load_autoencoder(workdir)[1]["autoencoder"])
         mesh = sharding.make_mesh(devices=jax.devices("cpu")[:1])
         with jax.set_mesh(mesh):
@@ -501,18 +533,98 @@ def captions_reader(config: ConfigDict, reader: towers.Reader | None, mesh: Mesh
     return read_before
 
 
-def latent_reader(coder: Autoencoder, *, ready: bool) -> Callable[[Tree, Tree], jax.Array]:
-    """(autoencoder's params, batch) -> the normalised latent, from the batch's videos or its raw latents."""
+def begins_with_image(config: ConfigDict) -> bool:
+    """Whether the network is given a clip's own first frame."""
+    return config.image.share > 0 or bool(first_frame.parts_of(config.model))
 
-    def read(params: Tree, batch: Tree) -> jax.Array:
+
+def batch_reader(config: ConfigDict, coder: Autoencoder) -> Callable[[Tree, Tree], Tree]:
+    """(autoencoder's params, batch) -> the batch as the loss takes it.
+
+    "latent" is the normalised one, of "video" or, where it is ready, of the raw one. For a network that begins with an
+    image there are "extra" channels, of the latent of the first frame and grey ones, and "image", its tokens.
+    """
+    parts, ready = first_frame.parts_of(config.model), config.data.source == "latents"
+    latents = ["latent", *(name for name in parts if name == "image_latent")]
+
+    def read(params: Tree, batch: Tree) -> Tree:
         if ready:
-            latent = batch["latent"]
+            raw = {name: batch[name] for name in latents}
         else:
-            video = pipeline.to_model_range(batch["video"])
-            latent = coder.apply({"params": params["autoencoder"]}, video, method="encode")[0]
-        return autoencoder3d.normalise(latent, params["statistics"])
+            clips = {"latent": pipeline.to_model_range(batch["video"])}
+            if "image_latent" in latents:
+                clips["image_latent"] = first_frame.followed_by_grey(clips["latent"], batch["video"].shape[1])
+            encode = functools.partial(coder.apply, {"params": params["autoencoder"]}, method="encode")
+            raw = {name: encode(clip)[0] for name, clip in clips.items()}
+        made: Tree = {name: autoencoder3d.normalise(latent, params["statistics"]) for name, latent in raw.items()}
+        if "image_latent" in latents:
+            made["extra"] = first_frame.beside(made.pop("image_latent"), coder.temporal)
+        if "image_tokens" in parts:
+            made["image"] = batch["image_tokens"]
+        return {name: batch[name] for name in ("tokens", "mask")} | made
 
     return read
+
+
+def beginning(config: ConfigDict, batch: Tree, key: jax.Array | None = None) -> first_frame.Given:
+    """What the network is given of the first frames of a batch as `batch_reader` makes it.
+
+    Args:
+      key: draws of which clips the first latent frame is known, where it may be; None: of all.
+    """
+    latent, known = batch["latent"], first_frame.Given(batch.get("extra"), batch.get("image"))
+    if not config.image.share or latent.shape[1] == 1:  # of an image nothing would be left to make
+        return known
+    is_known_B = None if key is None else jax.random.bernoulli(key, config.image.share, latent.shape[:1])
+    return known._replace(known_B1hwz=latent[:, :1], is_known_B=is_known_B)
+
+
+def images_reader(config: ConfigDict, mesh: Mesh) -> Callable[[Tree], Tree]:
+    """(batch as the loader gives it) -> "image_latent" and "image_tokens" on the mesh, as far as it takes them.
+
+    They lie beside latents that are ready; of videos a tower makes the tokens now, and the step the latent.
+
+    Raises:
+      ValueError: if they do not lie there, or another tower made the tokens.
+    """
+    takes = list(first_frame.parts_of(config.model))
+    if config.data.source != "latents":
+        looker = pipeline.looker_of(config.to_dict())
+        if looker is None:
+            return lambda batch: {}
+        at = looker.on(mesh)
+
+        def look_now(batch: Tree) -> Tree:
+            images = prepare(batch["video"][:, 0], at.model.image_size)
+            return {"image_tokens": at.look(state_lib.to_mesh({"images": images}, mesh)["images"])}
+
+        return look_now
+    for path in (config.data.path, config.data.validation_path):
+        if not takes or not path:
+            continue
+        found = read_metadata(path)
+        if missing := [name for name in takes if name not in found["schema"]]:
+            raise ValueError(
+                f"{path}: no {' and no '.join(missing)} beside the latents, expected them for a network that begins "
+                "with an image; run `stvdm preprocess` again with this config."
+            )
+        if "image_tokens" in takes and found["about"].get("image") != (here := towers.identity(config.image.tower)):
+            raise ValueError(
+                f"{path}: its images were looked at by {found['about'].get('image')}, expected {here}; run `stvdm "
+                "preprocess` again with this config, or name the tower that looked at them."
+            )
+    return lambda batch: state_lib.to_mesh({name: batch[name] for name in takes}, mesh)
+
+
+def image_rows(config: ConfigDict, coder: Autoencoder, video: shapes.Size3) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Shapes and types, for one clip, of what `images_reader` puts beside it; for a plan."""
+    parts = first_frame.parts_of(config.model)
+    rows: dict[str, tuple[tuple[int, ...], Any]] = {}
+    if "image_latent" in parts and config.data.source == "latents":
+        rows["image_latent"] = ((*coder.latent_shape(video), coder.latent_channels), jnp.float32)
+    if "image_tokens" in parts:
+        rows["image_tokens"] = ((IMAGE_TOKENS, parts["image_tokens"]), jnp.float32)
+    return rows
 
 
 def words_of(
@@ -568,12 +680,30 @@ def check_latents(config: ConfigDict, coder_description: dict[str, Any]) -> None
                 )
 
 
-def previews_of(config: ConfigDict, tokenizer: Any, held_out: Loader) -> list[str]:
-    """The prompts that are sampled on the way: of the config, or captions of held-out clips.
+class Previews(NamedTuple):
+    """What is sampled on the way."""
+
+    prompts: list[str]
+    rows: list[int]  # of the first batch of held-out clips: with whose first frames they begin, if with any
+
+
+def previews_of(config: ConfigDict, tokenizer: Any, held_out: Loader, mesh: Mesh) -> Previews:
+    """The prompts of the config, or captions of held-out clips: where clips begin with an image, each with its own.
+
+    Of one network of two that take turns there are none.
 
     Raises:
       ValueError: if the config's cannot be read with this vocabulary.
     """
+    captions: list[str] = []
+    if config.turn:
+        return Previews([], [])
+    if begins_with_image(config):
+        numbers = state_lib.to_mesh({"index": held_out.batch_at(0)["index"].astype(np.int32)}, mesh)["index"]
+        everything = list(held_out.captions())
+        captions = [everything[number] for number in checkpoint.on_host(numbers)]
+    elif not config.sample.previews:
+        captions = list(dict.fromkeys(itertools.islice(held_out.captions(), 64)))
     if config.sample.previews:
         for prompt in config.sample.previews:
             problem = tokenizer.problem(prompt)
@@ -582,6 +712,7 @@ def previews_of(config: ConfigDict, tokenizer: Any, held_out: Loader) -> list[st
                     f"sample.previews: {problem} Give other prompts, or none to see held-out captions: "
                     "--config.sample.previews='()'"
                 )
-        return list(config.sample.previews)
-    captions = dict.fromkeys(itertools.islice(held_out.captions(), 64))
-    return [caption for caption in captions if not tokenizer.problem(caption)][:NUM_PREVIEWS]
+        prompts = list(config.sample.previews)
+        return Previews(prompts, [i % max(1, len(captions)) for i in range(len(prompts))])
+    rows = [i for i, caption in enumerate(captions) if not tokenizer.problem(caption)][:NUM_PREVIEWS]
+    return Previews([captions[i] for i in rows], rows)

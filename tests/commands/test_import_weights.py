@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from flax import traverse_util
+from PIL import Image
 from safetensors.numpy import load_file
 
 from stvdm import checkpoint, cli, sharding
@@ -53,7 +54,7 @@ def latents(published, ours, tmp_path_factory):
 def one_device(monkeypatch):
     """Trainers see a machine with one device, however many the tests force."""
     whole = sharding.make_mesh
-    monkeypatch.setattr(sharding, "make_mesh", lambda **axes: whole(**{**axes, "devices": jax.devices()[:1]}))
+    monkeypatch.setattr(sharding, "make_mesh", lambda **axes: whole(**{"devices": jax.devices()[:1], **axes}))
 
 
 @pytest.mark.slow
@@ -90,6 +91,47 @@ def test_what_comes_in_is_trained_on_sampled_and_goes_out(published, ours, laten
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["i2v", "i2v-a14b", "ti2v"])
+def test_models_that_begin_with_an_image_are_trained_by_the_commands_alone(kind, tmp_path, one_device):
+    two = kind == "i2v-a14b"
+    given = foreign_wan_model.write(tmp_path / "given", two=two, kind=kind)
+    ours, latents, spatial = tmp_path / "ours", tmp_path / "latents", 16 if kind == "ti2v" else 8
+    assert cli.main(["import", f"--from={given}", f"--to={ours}"]) == 0
+    model = checkpoint.load_model(ours)[1]["config"]["model"]
+    variant = {"i2v": "i2v-14b-v5p", "i2v-a14b": "i2v-a14b-low-v5p", "ti2v": "ti2v-5b-v5p"}[kind]
+    sizes = ("width", "num_layers", "num_heads", "mlp_width", "time_features", "extra_channels", "image_width")
+    small = [f"--config.model.{name}={model[name]}" for name in sizes]
+    small += ["--config.text.width=24", "--config.text.max_tokens=40", f"--config.text.tower={given}/text_encoder"]
+    small += ["--config.data.num_workers=0", "--config.mesh.fsdp=1", "--config.mesh.context=1"]
+    small += [f"--config.data.buckets=((9,{4 * spatial},{6 * spatial},2,1.0),)", "--config.optimizer.warmup_steps=0"]
+    if kind == "i2v":
+        small.append(f"--config.image.tower={given}/image_encoder")
+    image = tmp_path / "image.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8)).save(image)
+    clips = ["--config.data.source=kinetic_shapes", "--config.data.path=", "--config.data.num_clips=6"]
+    make = ["preprocess", f"--config={CONFIG}:{variant}-full", f"--checkpoint={ours}", f"--out={latents}", "--batch=2"]
+    assert cli.main([*make, *small, *clips]) == 0
+    for how in ("full", "lora"):
+        places = [f"--config.start_from={ours}", f"--config.autoencoder={ours}", f"--config.data.path={latents}"]
+        steps = ["--config.total_steps=2", "--config.log_every=1", "--config.eval_every=2", "--config.sample.steps=2"]
+        steps.append("--config.sample.previews=('a red ball',)")
+        train = ["train", "dit", f"--config={CONFIG}:{variant}-{how}", f"--workdir={tmp_path}/{how}"]
+        assert cli.main([*train, *small, *places, *steps]) == 0
+        assert [row["step"] for row in read_metrics(tmp_path / how) if "loss" in row] == [1, 2]
+        assert (tmp_path / how / "previews").exists() == (not two)
+        sample = f"generate 'a red ball' --checkpoint={tmp_path / how} --steps=2 --image={image} --frames=9"
+        size = f"--height={4 * spatial} --width={6 * spatial} --output={tmp_path}/clips_{how}"
+        assert cli.main(shlex.split(f"{sample} {size}")) == 0
+        assert (tmp_path / f"clips_{how}" / "a-red-ball-0.mp4").exists()
+    assert cli.main(["export", f"--from={tmp_path}/full", f"--to={tmp_path}/out", "--format=diffusers"]) == 0
+    trained = wan.load(tmp_path / "out" / ("transformer_2" if two else "transformer"))[1]
+    jax.tree.map(np.testing.assert_array_equal, trained, checkpoint.load_model(tmp_path / "full" / "model")[0]["dit"])
+    if two:
+        other, before = (wan.load(folder / "transformer")[1] for folder in (tmp_path / "out", given))
+        jax.tree.map(np.testing.assert_array_equal, other, before)
+
+
+@pytest.mark.slow
 def test_weights_that_are_no_average_go_out_too(published, ours, latents, tmp_path, one_device):
     """After one step the average is a tenth of what was, and nine tenths of what is."""
     tower = f"--config.text.tower={published}/text_encoder --config.optimizer.warmup_steps=0"
@@ -114,24 +156,23 @@ def _tensors(dit, params, name):
     return (next(iter(tensor.parts())) for tensor in weights.theirs(pairs, weights.of_tree(params)))
 
 
-def test_a_model_of_two_transformers_or_of_images_is_not_trained(published, tmp_path):
-    from stvdm import config as base
+def test_of_two_transformers_one_is_named(tmp_path):
     from stvdm.train import dit as trainer
 
     both = foreign_wan_model.write(tmp_path / "both", two=True)
     assert cli.main(["import", f"--from={both}", f"--to={tmp_path}/ours"]) == 0
-    with pytest.raises(ValueError, match="two transformers that take turns, and a training is of one"):
+    with pytest.raises(ValueError, match="two transformers that take turns, .* expected turn='high_noise' or"):
         trainer.start_of(tmp_path / "ours", {})
     assert cli.main(["import", f"--from={both}/transformer_2", f"--to={tmp_path}/low"]) == 0
     coder_params, _ = trainer.load_autoencoder(tmp_path / "ours")
     start = trainer.start_of(tmp_path / "low", coder_params)
     second, _ = checkpoint.load_model(tmp_path / "ours")
     jax.tree.map(np.testing.assert_array_equal, start.weights["dit"], second["dit_low_noise"])
-    config = base.dit()
-    config.autoencoder = "wan"
-    config.model.extra_channels = 20
-    with pytest.raises(ValueError, match="can be imported, sampled and exported, but not yet be trained"):
-        base.validate(config)
+    with pytest.raises(ValueError, match="one transformer; expected turn='', got 'low_noise'"):
+        trainer.start_of(tmp_path / "low", coder_params, turn="low_noise")
+    start = trainer.start_of(tmp_path / "ours", coder_params, turn="low_noise")
+    assert start.weights.keys() == {"dit"}
+    jax.tree.map(np.testing.assert_array_equal, start.weights["dit"], second["dit_low_noise"])
 
 
 def test_the_description_is_printed(ours, published, tmp_path, capsys):

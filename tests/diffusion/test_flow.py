@@ -234,6 +234,15 @@ def test_each_element_of_a_stratified_batch_has_the_whole_density(settings, cdf)
     assert distance_from_cdf(first, cdf) < 1.63 / np.sqrt(len(keys))
 
 
+@pytest.mark.parametrize("settings, cdf", [*DENSITIES, ({"shift": 5.0}, lambda t: t / (5.0 - 4.0 * t))])
+@pytest.mark.parametrize("within", [(0.875, 1.0), (0.0, 0.875), (0.2, 0.4)])
+def test_times_within_a_range_are_those_of_the_whole_that_lie_there(settings, cdf, within):
+    times = flow.sample_times(jax.random.key(3), (4000,), within=within, **settings)
+    low, high = (t if t in (0.0, 1.0) else float(cdf(np.float64(t))) for t in within)
+    assert within[0] <= float(times.min()) < float(times.max()) <= within[1]
+    assert distance_from_cdf(times, lambda t: (cdf(t) - low) / (high - low)) < 1.63 / np.sqrt(4000)
+
+
 def test_shift_keeps_the_ends_multiplies_the_noise_ratio_and_has_an_inverse():
     t = jnp.linspace(0.0, 1.0, 21)
     shifted = flow.shift_time(t, 3.0)

@@ -4,6 +4,7 @@
 import numpy as np
 import pytest
 
+from stvdm.models.autoencoder3d import Autoencoder
 from stvdm.models.dit import DiT
 from stvdm.models.unet import UNet
 from stvdm.sampling import first_frame
@@ -45,6 +46,16 @@ def test_a_network_is_given_what_it_takes():
 def test_errors_teach(dit, image, message):
     with pytest.raises(ValueError, match=message):
         given(dit, image)
+
+
+def test_an_autoencoder_that_shows_the_first_frame_alone_is_wanted():
+    coder = Autoencoder(latent_channels=4, width=4, multipliers=(1, 2), spatial_down=(True,), temporal_down=(True,))
+    first_frame.check(DiT(**TINY), coder)
+    first_frame.check(DiT(**TINY, extra_channels=6), coder)
+    with pytest.raises(ValueError, match="extra_channels=5: expected 6"):
+        first_frame.check(DiT(**TINY, extra_channels=5), coder)
+    with pytest.raises(ValueError, match="grouping='uniform' of the autoencoder: its first latent frame"):
+        first_frame.check(DiT(**TINY), coder.clone(grouping="uniform"))
 
 
 def test_networks_for_images_want_one():

@@ -153,13 +153,20 @@ def test_the_tower_that_looks_at_images_is_named_in_the_config(tmp_path):
         pipeline.looker_of(config, tmp_path / "elsewhere")
 
 
-def test_adapters_are_refused_by_two_networks(tiny_model, tmp_path):
+def test_of_two_networks_adapters_say_which_they_are_for(tiny_model, tmp_path):
     params, description = checkpoint.load_model(tiny_model)
     two = {"dit_high_noise": params["dit"], "dit_low_noise": params.pop("dit")}
     checkpoint.save_model(tmp_path, params | two, description)
     assert Pipeline.load(tmp_path).networks.keys() == {*two, "text"}
-    with pytest.raises(ValueError, match="adapters are for one network, and this model has two"):
-        Pipeline.load(tmp_path, adapters=[(tmp_path, 1.0)])
+    ones = {"down": np.ones((2, 16, 1), np.float32), "up": np.ones((2, 1, 32), np.float32)}
+    adapters = {"dit": {"layers": {"block_0": {"mlp_in": ones}}}}
+    checkpoint.save_model(tmp_path / "plain", adapters, {"kind": "lora"})
+    with pytest.raises(ValueError, match="for the network 'dit', and this model has dit_high_noise, dit_low_noise"):
+        Pipeline.load(tmp_path, adapters=[(tmp_path / "plain", 1.0)])
+    checkpoint.save_model(tmp_path / "low", adapters, {"kind": "lora", "network": "dit_low_noise"})
+    both = Pipeline.load(tmp_path, adapters=[(tmp_path / "low", 0.5)]).params
+    assert "up" in both["dit_low_noise"]["layers"]["block_0"]["mlp_in"]
+    assert "up" not in both["dit_high_noise"]["layers"]["block_0"]["mlp_in"]
 
 
 def test_decoding_streams_and_equals_whole_decoding(tiny_model):

@@ -11,6 +11,7 @@ from pathlib import Path
 import foreign
 import foreign_wan
 import foreign_wan_autoencoder
+import foreign_wan_sampling
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -34,30 +35,43 @@ def noise() -> np.ndarray:
     return foreign.inputs("noise", (len(PROMPTS), t, h, w, TRANSFORMER["in_channels"]))
 
 
-def transformer_shapes() -> dict[str, list[int]]:
-    shapes = foreign_wan.golden()["tiny"]["t2v"]["shapes"]
+def transformer_shapes(kind: str = "t2v") -> dict[str, list[int]]:
+    runs = foreign_wan_sampling.golden()["runs"]
+    shapes = foreign_wan.golden()["tiny"]["t2v"]["shapes"] if kind == "t2v" else runs[kind]["shapes"]
     name = "condition_embedder.text_embedder.linear_1.weight"
     return shapes | {name: [shapes[name][0], TRANSFORMER["text_dim"]]}
 
 
-def write(folder: Path, *, two: bool = False) -> Path:
-    """The folder of the model, all weights random; with two transformers that take turns, or one."""
-    towers = foreign.golden()
+def write(folder: Path, *, two: bool = False, kind: str = "t2v") -> Path:
+    """The folder of the model, all weights random; with two transformers that take turns, or one.
+
+    ``kind``: one of `foreign_wan_sampling.KINDS`.
+    """
+    towers, shapes = foreign.golden(), transformer_shapes(kind)
+    config = dict(foreign_wan_sampling.KINDS[kind]["config"], text_dim=TRANSFORMER["text_dim"])
+    version = foreign_wan_sampling.KINDS[kind]["coder"]
     parts = {
-        "transformer": ({"_class_name": "WanTransformer3DModel", **TRANSFORMER}, foreign.weights(transformer_shapes())),
+        "transformer": (
+            {"_class_name": "WanTransformer3DModel", **(TRANSFORMER if kind == "t2v" else config)},
+            foreign.weights(shapes),
+        ),
         "vae": (
-            {"_class_name": "AutoencoderKLWan", **foreign_wan_autoencoder.SIZES["2.1"]},
-            foreign.weights(json.loads(foreign_wan_autoencoder.FILE.read_text())["2.1"]["shapes"]),
+            {"_class_name": "AutoencoderKLWan", **foreign_wan_autoencoder.SIZES[version]},
+            foreign.weights(json.loads(foreign_wan_autoencoder.FILE.read_text())[version]["shapes"]),
         ),
         "text_encoder": (foreign.T5_KINDS["umt5"], foreign.weights(towers["t5"]["umt5"]["shapes"])),
     }
+    if "image_dim" in config:
+        seen = {name: shape for name, shape in towers["clip"]["shapes"].items() if name.startswith("vision_model")}
+        settings = {**foreign.CLIP["vision_config"], "model_type": "clip_vision_model"}
+        parts["image_encoder"] = (settings, foreign.weights(seen))
     if two:
-        others = {name: foreign.drawn(f"second {name}", tuple(s)) for name, s in transformer_shapes().items()}
+        others = {name: foreign.drawn(f"second {name}", tuple(shape)) for name, shape in shapes.items()}
         parts["transformer_2"] = (parts["transformer"][0], others)
     for name, (config, tensors) in parts.items():
         (folder / name).mkdir(parents=True)
         (folder / name / "config.json").write_text(json.dumps(config))
-        stem = "model" if name == "text_encoder" else "diffusion_pytorch_model"
+        stem = "model" if "encoder" in name else "diffusion_pytorch_model"
         save_file(tensors, folder / name / f"{stem}.safetensors", metadata={"format": "pt"})
     for name, content in (
         ("tokenizer/tokenizer.json", towers["t5_tokenizer"]["file"]),
