@@ -155,11 +155,28 @@ class Checkpoints:
           FileNotFoundError: if there is none.
           ValueError: if all are damaged, or the arrays have other names or shapes than ``state``.
         """
+        self._check_shapes(state)
         found = self._restored(
             state=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state)),
             position=ocp.args.JsonRestore(),
         )
         return found["state"], found["position"]
+
+    def _check_shapes(self, state: Tree) -> None:
+        """Orbax finds this too, and says it in a hundred lines."""
+        if self.latest is None:
+            return
+        folder = self._folder / str(self.latest)
+        there = _shapes_of(ocp.StandardCheckpointHandler().metadata(folder / "state").tree)
+        here = _shapes_of(state)
+        other = sorted(name for name in there.keys() & here.keys() if there[name] != here[name])
+        if other:
+            name = other[0]
+            raise ValueError(
+                f"{folder}: of {len(there)} arrays {len(other)} have other shapes than this config gives them, e.g. "
+                f"{name} is {there[name]}, expected {here[name]}; take the settings that it was trained with, or "
+                "another --workdir."
+            )
 
     def position(self) -> dict[str, Any]:
         """Where the data stood at the newest whole checkpoint."""
@@ -386,6 +403,16 @@ def _of_process_zero(steps: list[int]) -> list[int]:
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
     found = multihost_utils.broadcast_one_to_all(np.resize(np.asarray([*steps, 0], np.int32), length))
     return [int(step) for step in found]
+
+
+def _shapes_of(tree: Tree) -> dict[str, tuple[int, ...]]:
+    """By path, written alike for tuples and dicts; Orbax knows the latter alone."""
+
+    def name(key: Any) -> str:
+        return str(next(getattr(key, kind) for kind in ("key", "name", "idx") if hasattr(key, kind)))
+
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {"/".join(map(name, path)): tuple(leaf.shape) for path, leaf in leaves if hasattr(leaf, "shape")}
 
 
 def _said_by_any(text: str) -> str:

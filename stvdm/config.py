@@ -352,7 +352,7 @@ def _problems(config: ConfigDict) -> Iterator[str]:
     if optimizer.schedule != "constant" and optimizer.warmup_steps >= config.total_steps:
         yield (
             f"optimizer.warmup_steps={optimizer.warmup_steps}: expected fewer than total_steps={config.total_steps}, "
-            "or optimizer.schedule='constant'."
+            f"e.g. --config.optimizer.warmup_steps={config.total_steps // 10}, or optimizer.schedule='constant'."
         )
     shards = math.prod(size for size in (config.mesh.data, config.mesh.fsdp) if size > 0)
     for bucket in data.buckets:

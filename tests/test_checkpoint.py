@@ -60,6 +60,15 @@ def test_a_half_written_checkpoint_is_not_seen(tmp_path):
         assert checkpoints.latest == 1
 
 
+def test_arrays_of_other_shapes_are_one_line(tmp_path):
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, _tree(), position={}, config={})
+        narrower = {"a": {"kernel": jnp.zeros((8, 2))}, "count": jnp.int32(0)}
+        with pytest.raises(ValueError, match=r"1: of 2 arrays 1 have .* a/kernel is \(8, 4\), expected \(8, 2\); take"):
+            checkpoints.restore(narrower)
+        checkpoints.restore(_tree())
+
+
 def test_without_a_checkpoint_there_is_a_clear_error(tmp_path):
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.latest is None

@@ -34,6 +34,7 @@ def test_all_problems_are_reported_at_once():
     config.mesh.data = 2
     config.mesh.tensor = 4
     config.flow.prediction = "score"
+    config.total_steps = 20
     with pytest.raises(ValueError, match="this config cannot run") as error:
         base.validate(config)
     message = str(error.value)
@@ -43,6 +44,7 @@ def test_all_problems_are_reported_at_once():
         "batch=3: expected a multiple",
         "model.num_heads=5: expected a multiple of mesh.tensor=4",
         "flow.prediction='score'",
+        "expected fewer than total_steps=20, e.g. --config.optimizer.warmup_steps=2, or",
         "autoencoder='': name the folder",
     ):
         assert part in message

@@ -56,6 +56,8 @@ def read(path: epath.PathLike) -> dict[str, Any]:
       FileNotFoundError: if there is no such file.
       ValueError: if it is not JSON, or not a mapping; the message names the file.
     """
+    if not epath.Path(path).exists():
+        raise FileNotFoundError(f"{path}: no such result; `stvdm evaluate --output={path}` writes one.")
     text = epath.Path(path).read_text()
     try:
         result = json.loads(text)

@@ -290,7 +290,10 @@ def program(name):
 
 def numbers(prompt):
     """Words by their place in the vocabulary, from 3 on; 1 begins every prompt, 0 fills it up."""
-    found = [1, *(3 + TEXT["words"].index(word) for word in re.findall(r"[a-z0-9]+", prompt.lower()))]
+    words = re.findall(r"[a-z0-9]+", prompt.lower())
+    if unknown := sorted(set(words) - set(TEXT["words"])):
+        sys.exit(f"{', '.join(unknown)}: not among the words it knows: {' '.join(TEXT['words'])}")
+    found = [1, *(3 + TEXT["words"].index(word) for word in words)]
     tokens_BS = np.array([found + [0] * (TEXT["max_tokens"] - len(found))], np.int32)
     return dict(tokens_BS=tokens_BS, mask_BS=tokens_BS != 0)
 
@@ -325,5 +328,5 @@ def main(prompt, seed=0):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(*sys.argv[1:]) if sys.argv[1:] else print(__doc__)
 '''

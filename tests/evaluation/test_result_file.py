@@ -51,5 +51,5 @@ def test_a_file_that_holds_no_result_is_named(tmp_path):
     path.write_text("[1, 2]")
     with pytest.raises(ValueError, match="results.json: expected a result, a JSON object, got list"):
         result_file.read(path)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="other.json: no such result; `stvdm evaluate --output="):
         result_file.read(tmp_path / "other.json")
