@@ -407,12 +407,11 @@ def _of_process_zero(steps: list[int]) -> list[int]:
 
 def _shapes_of(tree: Tree) -> dict[str, tuple[int, ...]]:
     """By path, written alike for tuples and dicts; Orbax knows the latter alone."""
-
-    def name(key: Any) -> str:
-        return str(next(getattr(key, kind) for kind in ("key", "name", "idx") if hasattr(key, kind)))
-
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {"/".join(map(name, path)): tuple(leaf.shape) for path, leaf in leaves if hasattr(leaf, "shape")}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        if hasattr(leaf, "shape")
+    }
 
 
 def _said_by_any(text: str) -> str:

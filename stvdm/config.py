@@ -49,9 +49,7 @@ def dit() -> ConfigDict:
     config.kind = "dit"
     config.autoencoder = ""  # folder of a trained autoencoder: its run, or its exported model
     config.start_from = ""  # folder of a trained model to start from; weights that it does not have start fresh
-    config.turn = (
-        ""  # of two networks in `start_from` that take turns, the one that is trained: high_noise or low_noise
-    )
+    config.turn = ""  # of two networks in `start_from` that take turns, the one to train: high_noise, low_noise
     config.train_only = ""  # a regular expression: the weights that are trained, by their path in the model's file
     config.lora = _section(  # low-rank adapters, trained beside the weights of `start_from`, which stay as they are
         rank=0,  # 0: none, the weights themselves are trained

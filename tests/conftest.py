@@ -5,9 +5,11 @@ Most of a test's time is compiling programs that then run for a moment: so they 
 kept for the next run.
 """
 
+import json
 import os
 import pathlib
 import sys
+import tracemalloc
 import types
 
 import pytest
@@ -38,6 +40,36 @@ TINY_AUTOENCODER = dict(
 )
 TINY_DIT = dict(width=16, num_layers=2, num_heads=2, mlp_width=32, time_features=8)
 TINY_TEXT = dict(width=8, num_layers=1, num_heads=2)
+
+
+@pytest.fixture(scope="session")
+def image_tower(tmp_path_factory):
+    """The folder of a small published tower that looks at images, and reads nothing; every weight random."""
+    import foreign
+    from safetensors.numpy import save_file
+
+    folder = tmp_path_factory.mktemp("image_encoder")
+    shapes = foreign.golden()["clip"]["shapes"]
+    tensors = foreign.weights({name: shape for name, shape in shapes.items() if name.startswith("vision_model")})
+    save_file(tensors, folder / "model.safetensors")
+    config = {**foreign.CLIP["vision_config"], "model_type": "clip_vision_model"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def peak_of():
+    """Bytes that Python held at most while it ran something; what lies on devices is not among them."""
+
+    def measure(run):
+        run()  # imports and compiled programs
+        tracemalloc.start()
+        run()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    return measure
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import subprocess
-import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -307,19 +306,10 @@ def test_an_exported_model_comes_back(tmp_path):
     assert description == {"kind": "dit", "width": 5, "sha256": digest}
 
 
-def test_one_layer_of_an_exported_model_is_in_memory_at_a_time(tmp_path):
+def test_one_layer_of_an_exported_model_is_in_memory_at_a_time(tmp_path, peak_of):
     layers = jnp.ones((24, 96, 128))
     params = {"layers": {"kernel": layers}, "head": {"kernel": jnp.ones((96, 128))}}
-
-    def peak() -> int:
-        tracemalloc.start()
-        checkpoint.save_model(tmp_path, params, {})
-        bytes_held = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        return bytes_held
-
-    peak()  # compiles, and imports
-    assert peak() < layers.nbytes / 3
+    assert peak_of(lambda: checkpoint.save_model(tmp_path, params, {})) < layers.nbytes / 3
     found, _ = checkpoint.load_model(tmp_path)
     np.testing.assert_array_equal(found["layers"]["kernel"], layers)
 

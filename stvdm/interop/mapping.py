@@ -30,18 +30,17 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import traverse_util
 
-from stvdm.tensor_files import Shape
+from stvdm.tensor_files import DTYPES, Shape
 
 Tree = Any
 Rules = Sequence[tuple[str, str]]
 
 _LAST_WORDS = {"weight": ("kernel", "scale"), "running_mean": ("mean",), "running_var": ("var",)}
-_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+_FLOATS = ("F64", "F32", "F16", "BF16")  # the rest are counters and position numbers, which are no weights
 _CONVERT = (  # what a user may run; some files hold the tensors one level down
     "import sys, torch; from safetensors.torch import save_file; "
     "found = torch.load(sys.argv[1], map_location='cpu', weights_only=True); "
@@ -246,9 +245,8 @@ def read(place: epath.PathLike) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {}
     for path in files:
         for name, leaf in deserialize(path.read_bytes()):
-            # Counters and position numbers, which are no weights.
-            if leaf["dtype"] in _DTYPES:
-                tensors[name] = np.frombuffer(leaf["data"], _DTYPES[leaf["dtype"]]).reshape(leaf["shape"])
+            if leaf["dtype"] in _FLOATS:
+                tensors[name] = np.frombuffer(leaf["data"], DTYPES[leaf["dtype"]]).reshape(leaf["shape"])
     return tensors
 
 

@@ -420,9 +420,8 @@ def raw_weights(workdir: epath.PathLike) -> Tree:
             raise FileNotFoundError(f"{workdir}: no checkpoint here, and weights that are no average lie in one alone.")
         if before["lora"]["rank"]:
             raise ValueError(f"{workdir}: a run of adapters has no weights of its own, so merge its average.")
-        since = base.dit().to_dict()  # of settings that came later it has none
-        sections = {name: {**since[name], **before.get(name, {})} for name in ("image", "flow")}
-        config = ConfigDict({**since, **before, **sections})
+        config = base.dit().unlock()
+        config.update(before)  # which has none of the settings that came later
         coder = pipeline.autoencoder_of(load_autoencoder(workdir)[1]["autoencoder"])
         mesh = sharding.make_mesh(devices=jax.devices("cpu")[:1])
         with jax.set_mesh(mesh):
@@ -599,6 +598,7 @@ def images_reader(config: ConfigDict, mesh: Mesh) -> Callable[[Tree], Tree]:
             return {"image_tokens": at.look(state_lib.to_mesh({"images": images}, mesh)["images"])}
 
         return look_now
+    here = towers.identity(config.image.tower) if "image_tokens" in takes else None  # reads all of its weights
     for path in (config.data.path, config.data.validation_path):
         if not takes or not path:
             continue
@@ -608,7 +608,7 @@ def images_reader(config: ConfigDict, mesh: Mesh) -> Callable[[Tree], Tree]:
                 f"{path}: no {' and no '.join(missing)} beside the latents, expected them for a network that begins "
                 "with an image; run `stvdm preprocess` again with this config."
             )
-        if "image_tokens" in takes and found["about"].get("image") != (here := towers.identity(config.image.tower)):
+        if here and found["about"].get("image") != here:
             raise ValueError(
                 f"{path}: its images were looked at by {found['about'].get('image')}, expected {here}; run `stvdm "
                 "preprocess` again with this config, or name the tower that looked at them."

@@ -2,7 +2,6 @@
 """Sharded safetensors: what is written is read, by us and by others; one tensor in memory at a time."""
 
 import json
-import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -112,17 +111,7 @@ def test_weights_go_straight_to_their_places_on_a_mesh(folder, pairs, params):
     np.testing.assert_array_equal(whole, kernel[3].T.astype(jnp.bfloat16))
 
 
-def peak_of(run):
-    """Bytes that Python held at most; what lies on devices is not among them."""
-    run()  # imports and compiled programs
-    tracemalloc.start()
-    run()
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    return peak
-
-
-def test_one_tensor_is_in_memory_at_a_time(folder, tmp_path, pairs):
+def test_one_tensor_is_in_memory_at_a_time(folder, tmp_path, pairs, peak_of):
     largest, model = 4 * I * O, 4 * L * I * O
     source = weights.Weights(folder)
     on_mesh = sharding.replicated(sharding.make_mesh())

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from stvdm.diffusion import flow, guidance, samplers, schedules
 from stvdm.interop import towers, wan, wan_autoencoder, weights
@@ -46,15 +45,8 @@ def tiny(kind):
 
 
 @pytest.fixture(scope="module")
-def looker(tmp_path_factory):
-    """The image tower alone, as the folder of an image encoder has it."""
-    folder = tmp_path_factory.mktemp("image_encoder")
-    shapes = foreign.golden()["clip"]["shapes"]
-    tensors = foreign.weights({name: shape for name, shape in shapes.items() if name.startswith("vision_model")})
-    save_file(tensors, folder / "model.safetensors")
-    config = {**foreign.CLIP["vision_config"], "model_type": "clip_vision_model"}
-    (folder / "config.json").write_text(json.dumps(config))
-    return towers.looker(folder)
+def looker(image_tower):
+    return towers.looker(image_tower)
 
 
 def given_of(kind, looker):

@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training of networks that begin with an image: they are given what sampling gives them, and learn."""
 
-import json
-
-import foreign
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,18 +29,6 @@ KINDS = {  # as Wan's are
 
 def _losses(workdir):
     return [record["loss"] for record in read_metrics(workdir) if "loss" in record]
-
-
-@pytest.fixture(scope="module")
-def image_tower(tmp_path_factory):
-    """The folder of a small published tower that looks at images, every weight random."""
-    folder = tmp_path_factory.mktemp("image_encoder")
-    shapes = foreign.golden()["clip"]["shapes"]
-    tensors = foreign.weights({name: shape for name, shape in shapes.items() if name.startswith("vision_model")})
-    save_file(tensors, folder / "model.safetensors")
-    config = {**foreign.CLIP["vision_config"], "model_type": "clip_vision_model"}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 @pytest.fixture
