@@ -4,8 +4,8 @@
     stvdm ablate --list
     stvdm ablate attention --size=tiny
 
-tiny    a small DiT on clips of 17x32x32 with the bundled autoencoder. Two CPU cores, meant to take about ten minutes a
-        cell; not measured yet.
+tiny    a small DiT on clips of 17x32x32 with the bundled autoencoder. Six to twenty minutes a
+        cell on one idle CPU core; `stvdm ablate --list` says what each grid took.
 small   clips of 17x64x64, one accelerator. Unproven. Its autoencoder first:
             stvdm train autoencoder --config=configs/ablation.py:small_autoencoder --workdir=runs/ablations/small
 pod     clips of 33x128x128 in bfloat16, encoded in the step. Unproven. Its autoencoder first:

@@ -13,6 +13,7 @@ import collections
 import io
 import math
 import shlex
+import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -91,7 +92,19 @@ def as_markdown(question: Question, found: Sequence[Result], *, sheets: Sequence
 
 def listing(folder: epath.PathLike) -> str:
     """What each question asks, costs and found, at every size that has results under ``folder``."""
-    return "\n\n".join("\n".join(_listed(question, epath.Path(folder))) for question in QUESTIONS.values())
+    found = {name: _found(epath.Path(folder) / name) for name in QUESTIONS}
+    cells: dict[str, list[Result]] = {}
+    for sizes in found.values():
+        for size, results in sizes.items():
+            cells.setdefault(size, []).extend(results)
+    prices = [
+        f"; a {size} cell of the other grids took about {statistics.median(map(_minutes, results)):.0f} minutes on "
+        + _devices(results)
+        for size, results in sorted(cells.items())
+    ]
+    return "\n\n".join(
+        "\n".join(_listed(question, found[name], "".join(prices))) for name, question in QUESTIONS.items()
+    )
 
 
 # --- parts of the report ---------------------------------------------------------------------------------------------
@@ -182,9 +195,9 @@ def _budget(question: Question, found: Sequence[Result]) -> str:
 def _costs(question: Question, found: Sequence[Result]) -> str:
     rows = []
     for variant in question.variants:
-        cells = [one["cost"] for one in found if one["variant"] == variant and "steps" in one["cost"]]
+        cells = [one for one in found if one["variant"] == variant and "steps" in one["cost"]]
         if cells:
-            first = cells[0]
+            first = cells[0]["cost"]
             flops = first["flops_per_step"]
             rows.append(
                 [
@@ -194,7 +207,7 @@ def _costs(question: Question, found: Sequence[Result]) -> str:
                     str(first["steps"]),
                     _short(flops),
                     _short(flops * first["steps"]),
-                    f"{_minutes(cells):.1f}",
+                    f"{statistics.fmean(map(_minutes, cells)):.1f}",
                 ]
             )
     titles = ["", "parameters", "tokens", "steps", "FLOPs a step", "FLOPs of training", "minutes a cell"]
@@ -231,8 +244,8 @@ def _parameters(cost: Mapping[str, Any]) -> int:
     return cost["parameters"]["dit"] + cost["parameters"]["text"]
 
 
-def _minutes(costs: Sequence[Mapping[str, Any]]) -> float:
-    return float(np.mean([sum(cost["seconds"].values()) for cost in costs])) / 60
+def _minutes(one: Result) -> float:
+    return sum(one["cost"]["seconds"].values()) / 60
 
 
 def _short(number: float) -> str:
@@ -243,24 +256,21 @@ def _short(number: float) -> str:
     return f"{number:.3g}"
 
 
-def _listed(question: Question, folder: epath.Path) -> Iterator[str]:
+def _found(folder: epath.Path) -> dict[str, list[Result]]:
+    """Of one question, by size."""
+    sizes = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    return {size: results for size in sizes if (results := records.read(folder / size))}
+
+
+def _listed(question: Question, sizes: Mapping[str, Sequence[Result]], prices: str) -> Iterator[str]:
     ways = "" if len(question.samplings) == 1 else f", each sampled in {len(question.samplings)} ways"
     trained = "; each cell trains its autoencoder too" if question.trains_autoencoder else ""
     yield f"{question.name}: {question.asks}"
     yield f"  grid   {', '.join(question.variants)}: {len(question.variants)} trainings a seed{ways}{trained}"
     yield f"  equal  {question.budget}"
-    sizes = (
-        sorted(path.name for path in (folder / question.name).iterdir()) if (folder / question.name).exists() else []
-    )
-    any_found = False
-    for size in sizes:
-        found = records.read(folder / question.name / size)
-        if not found:
-            continue
-        any_found = True
-        costs = [one["cost"] for one in found]
+    for size, found in sizes.items():
         seeds = len({one["seed"] for one in found})
-        spent = f"{_minutes(costs):.1f} minutes a cell on {_devices(found)}"
+        spent = f"{statistics.fmean(map(_minutes, found)):.1f} minutes a cell on {_devices(found)}"
         yield f"  {size:6} {len(found)} cells of {seeds} seeds, {spent}"
         if different := list(records.differences(found)):
             yield "         refused as a table, for the conditions differ: " + " | ".join(different)
@@ -268,8 +278,8 @@ def _listed(question: Question, folder: epath.Path) -> Iterator[str]:
         for one in verdicts.judge_all(question, found):
             by = f" ({one.claim.score}: {one.difference})" if one.difference is not None else f" ({one.reason})"
             yield f"         {one.outcome}: {one.claim.says}{by}"
-    if not any_found:
-        yield "  found  nothing yet: not run"
+    if not sizes:
+        yield f"  found  nothing yet: not run{prices}"
 
 
 def _devices(found: Sequence[Result]) -> str:
