@@ -56,6 +56,7 @@ _UNREADABLE = (OSError, ValueError, KeyError, TypeError)  # what comes of readin
 _DIGEST_THREADS = 4
 _CHUNK = 4 << 20  # bytes read at once
 _EXPORT_SECONDS = 3600  # in which process 0 has written a model
+_SAVE_SECONDS = 6 * 3600  # by the wall clock, which goes on while a laptop sleeps; Orbax's 1200 are few for terabytes
 
 
 class Checkpoints:
@@ -65,7 +66,8 @@ class Checkpoints:
 
     Args:
       workdir: the run's folder, local (or shared by all hosts), or an object store.
-      keep: how many whole checkpoints stay; while one is being saved there is one more.
+      keep: how many whole checkpoints stay; while one is being saved there is one more, and of several processes, which
+        may not all have finished theirs as the oldest go, another.
       gets_on: called again and again while files are checked, and around restoring.
     """
 
@@ -73,7 +75,7 @@ class Checkpoints:
         self._folder = epath.Path(workdir).expanduser().absolute() / "checkpoints"
         self._keep = keep
         self._gets_on = gets_on
-        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), timeout_secs=_SAVE_SECONDS)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._saving: tuple[int, Future[None]] | None = None
         self._newest: int | None = None
@@ -261,12 +263,13 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            reason = str(error).strip().splitlines()
+            reason = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
             room = "" if "://" in str(self._folder) else f" {_free_mib(self._folder):,} MiB are free there;"
             kept = "no step was saved before" if self._newest is None else f"step {self._newest} is whole and untouched"
+            remedy = "Make room" if "No space left" in reason else "See to what is said above"
             raise OSError(
-                f"step {step} was not saved in {self._folder}: {reason[0] if reason else type(error).__name__};{room} "
-                f"{kept}. Make room, or see to what is said above, and give the same command again to go on."
+                f"step {step} was not saved in {self._folder}: {reason};{room} {kept}. {remedy}, and give the same "
+                "command again to go on."
             ) from error
 
 

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+import time
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +58,22 @@ def test_a_half_written_checkpoint_is_not_seen(tmp_path):
     assert whole.exists()
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.latest == 1
+
+
+def test_a_machine_that_slept_while_saving_has_saved(tmp_path, monkeypatch):
+    now, slept = time.time, [0.0]
+    monkeypatch.setattr(time, "time", lambda: now() + slept[0])
+
+    class Sleepy(dict):
+        def items(self):  # as it is written
+            time.sleep(0.5)
+            slept[0] = 3600.0
+            return super().items()
+
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, _tree(), position={"there": Sleepy(step=1)}, config={})
+        checkpoints.wait()
+        assert slept[0] and checkpoints.position() == {"there": {"step": 1}}
 
 
 def test_arrays_of_other_shapes_are_one_line(tmp_path):
