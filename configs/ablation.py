@@ -60,6 +60,7 @@ def _dit(size: str) -> ConfigDict:
         config.autoencoder = "stvdm/bundled"
         config.data.num_clips = 20_000
         config.data.buckets = ((17, 32, 32, 32, 1.0),)
+        config.model.positions = "sincos"  # so short a training with rotary ones hardly leaves chance (`positions`)
         config.model.width = 96
         config.model.num_layers = 4
         config.model.num_heads = 4

@@ -409,7 +409,7 @@ _BOLTED_ON = Question(
     "rest left as it is; Sora and all since: one transformer over space and time",
     budget="flops",
     variants={
-        "dit": as_it_is,
+        "dit": place_by("rotary"),
         "dit_sincos": place_by("sincos"),
         "bolted_on": (
             Stage(0.5, with_unet(temporal=False)),
