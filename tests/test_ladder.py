@@ -92,6 +92,7 @@ LADDER = """
     train.preemption
     train.telemetry
     train.autoencoder
+    train.batches
     train.dit
     train.features
     planning.collectives

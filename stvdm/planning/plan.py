@@ -50,6 +50,7 @@ from stvdm.planning.collectives import BETWEEN_SLICES, Collective, collectives_o
 from stvdm.planning.flops import count_flops
 from stvdm.sampling import pipeline
 from stvdm.train import autoencoder as train_autoencoder
+from stvdm.train import batches
 from stvdm.train import dit as train_dit
 from stvdm.train import state as state_lib
 from stvdm.train.compiler_flags import COMPILER_FLAGS, QUICK_FLAGS
@@ -204,13 +205,13 @@ def _program(config: ConfigDict, coder: Autoencoder, mesh: Mesh | None) -> tuple
             rows = {"latent": ((*coder.latent_shape((T, H, W)), coder.latent_channels), jnp.float32)}
         S, has_tower = config.text.max_tokens, bool(config.text.tower)
         words = ((S, config.text.width), jnp.float32) if has_tower else ((S,), jnp.int32)
-        rows |= {"tokens": words, "mask": ((S,), jnp.bool_), **train_dit.image_rows(config, coder, (T, H, W))}
+        rows |= {"tokens": words, "mask": ((S,), jnp.bool_), **batches.image_rows(config, coder, (T, H, W))}
         clip = jax.ShapeDtypeStruct((1, T, H, W, 3), jnp.float32)
         weights = jax.eval_shape(coder.init, jax.random.key(0), clip)["params"]
         scale = jax.ShapeDtypeStruct((coder.latent_channels,), jnp.float32)
         whole = {"autoencoder": nn.unbox(weights), "statistics": {"mean_z": scale, "std_z": scale}}
-        null = {"null": train_dit.no_caption(config)} if has_tower else {}
-        frozen = ({**train_dit.frozen_weights(config, whole), **null},)
+        null = {"null": batches.no_caption(config)} if has_tower else {}
+        frozen = ({**batches.frozen_weights(config, whole), **null},)
     splits = (None, None) if mesh is None else (sharding.batch_sharding(mesh), sharding.replicated(mesh))
     examples = {
         name: jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=splits[0]) for name, (shape, dtype) in rows.items()

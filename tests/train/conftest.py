@@ -2,10 +2,13 @@
 """Configs so small that a test can train them."""
 
 import jax
+import numpy as np
 import pytest
 
-from stvdm import checkpoint, sharding
+from stvdm import checkpoint, preprocess, sharding
 from stvdm import config as base
+from stvdm.data import loader
+from stvdm.interop import towers
 
 
 def _small(config, **changes):
@@ -55,5 +58,35 @@ def dit_config(tiny_model):
         config.text.update({**description["config"]["text"], "words": (), "max_tokens": 40})
         config.sample.update(dict(steps=2, previews=("a red ball bounces to the right",)))
         return _small(config, **changes)
+
+    return make
+
+
+@pytest.fixture
+def tower_config(dit_config, tower, tmp_path):
+    """Its captions are read by a published tower, its latents are ready: `stored` with the tower's text, or without."""
+
+    def make(*, stored, text_path="cross", padding="masked", **changes):
+        folder = tmp_path / f"latents_{stored}"
+        if not folder.exists():
+            preprocess.preprocess(
+                lambda video: np.random.default_rng(int(video.sum())).normal(size=(len(video), 3, 4, 4, 4)),
+                loader.KineticShapes(num_clips=64),
+                folder,
+                buckets=[(5, 16, 16)],
+                read=towers.reader(tower, max_tokens=96) if stored else None,
+                about={"text": towers.identity(tower, max_tokens=96)} if stored else {},
+                dtype="float32",
+            )
+        text = {"tower": str(tower), "tower_dtype": "float32", "padding": padding, "max_tokens": 96, "width": 24}
+        return dit_config(
+            total_steps=2,
+            data__source="latents",
+            data__path=str(folder),
+            model__text_path=text_path,
+            flow__caption_dropout=0.5,
+            **{f"text__{name}": value for name, value in text.items()},
+            **changes,
+        )
 
     return make

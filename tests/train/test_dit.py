@@ -10,12 +10,9 @@ import runs
 from flax import traverse_util
 from runs import losses_and_gradients
 
-from stvdm import checkpoint, preprocess, sharding
+from stvdm import checkpoint, sharding
 from stvdm import config as base
-from stvdm.data import loader, records
-from stvdm.interop import towers
 from stvdm.models import lora
-from stvdm.sampling import pipeline
 from stvdm.sampling.pipeline import Pipeline
 from stvdm.train import autoencoder, dit
 from stvdm.train import state as state_lib
@@ -108,27 +105,6 @@ def test_clips_images_and_sizes_train_together_in_buckets(dit_config, tmp_path, 
     assert np.isfinite(_losses(tmp_path)).all()
 
 
-def test_latents_of_another_autoencoder_are_refused(dit_config, tmp_path):
-    records.write_shard(
-        tmp_path, 0, [{"latent": np.zeros((3, 4, 4, 4), np.float16), "shape": [5, 16, 16], "caption": "a ball"}]
-    )
-    records.finish(tmp_path, num_shards=1, about={"autoencoder": "f" * 64})
-    with pytest.raises(ValueError, match="latents of an autoencoder with sha256 ffffffffffff..., expected that of"):
-        dit.main(dit_config(total_steps=1, data__source="latents", data__path=str(tmp_path)), tmp_path / "run")
-
-
-def test_clips_that_the_patches_do_not_divide_are_refused(dit_config, tmp_path):
-    with pytest.raises(ValueError, match=r"data.buckets \(5, 16, 20\): width=20: .* use a multiple of"):
-        dit.main(dit_config(total_steps=1, data__buckets=((5, 16, 20, 8, 1.0),)), tmp_path)
-
-
-def test_previews_are_prompts_it_can_read_or_held_out_captions(dit_config, tmp_path, one_device):
-    with pytest.raises(ValueError, match=r"sample.previews: prompt 'a giraffe': the model never saw .*'\(\)'"):
-        dit.main(dit_config(total_steps=1, sample__previews=("a giraffe",)), tmp_path)
-    dit.main(dit_config(total_steps=1, sample__previews=(), eval_every=1, eval_batches=1), tmp_path)
-    assert (tmp_path / "previews" / "samples-00000001.png").exists()
-
-
 def test_a_change_since_the_checkpoint_is_said(dit_config, tmp_path, one_device, monkeypatch):
     dit.main(dit_config(total_steps=1), tmp_path)
     said = []
@@ -187,36 +163,6 @@ def test_where_a_training_may_start_from(dit_config, autoencoder_config, tiny_mo
         dit.main(dit_config(start_from=str(tiny_model), text__words=("red",)), tmp_path / "c")
 
 
-@pytest.fixture
-def tower_config(dit_config, tower, tmp_path):
-    """Its captions are read by a published tower, its latents are ready: `stored` with the tower's text, or without."""
-
-    def make(*, stored, text_path="cross", padding="masked", **changes):
-        folder = tmp_path / f"latents_{stored}"
-        if not folder.exists():
-            preprocess.preprocess(
-                lambda video: np.random.default_rng(int(video.sum())).normal(size=(len(video), 3, 4, 4, 4)),
-                loader.KineticShapes(num_clips=64),
-                folder,
-                buckets=[(5, 16, 16)],
-                read=towers.reader(tower, max_tokens=96) if stored else None,
-                about={"text": towers.identity(tower, max_tokens=96)} if stored else {},
-                dtype="float32",
-            )
-        text = {"tower": str(tower), "tower_dtype": "float32", "padding": padding, "max_tokens": 96, "width": 24}
-        return dit_config(
-            total_steps=2,
-            data__source="latents",
-            data__path=str(folder),
-            model__text_path=text_path,
-            flow__caption_dropout=0.5,
-            **{f"text__{name}": value for name, value in text.items()},
-            **changes,
-        )
-
-    return make
-
-
 @pytest.mark.parametrize(("text_path", "padding"), [("cross", "masked"), ("joint", "zeros")])
 def test_a_published_tower_reads_before_each_step_or_once_for_all(
     text_path, padding, tower_config, tower, tmp_path, one_device, monkeypatch
@@ -241,28 +187,6 @@ def test_a_published_tower_reads_before_each_step_or_once_for_all(
         np.testing.assert_array_equal(again, one)
     finally:
         moved.rename(tower)
-
-
-def test_text_that_another_tower_read_is_refused(tower_config, tmp_path, one_device):
-    config = tower_config(stored=True)
-    config.text.max_tokens = 90
-    with pytest.raises(ValueError, match=r"its text was read by .*'max_tokens': 96.*, expected .*'max_tokens': 90"):
-        dit.main(config, tmp_path / "run")
-    config.text.update(dict(max_tokens=96, width=32))
-    with pytest.raises(ValueError, match="text.width=32: the tower .* gives 24; set text.width=24"):
-        dit.main(config, tmp_path / "run")
-
-
-def test_padding_that_is_seen_is_zeros(tower_config):
-    """As Wan's pipeline: what stands behind the text is looked at, and is zero."""
-    seen = []
-    for padding in ("masked", "zeros"):
-        config = tower_config(stored=False, padding=padding)
-        reader = pipeline.reader_of(config.to_dict())
-        text_BSE, mask_BS = pipeline.read_captions(reader, ["on", ""], config.to_dict())
-        assert not np.asarray(text_BSE)[:, 4:].any()
-        seen.append(mask_BS.sum(1).tolist())
-    assert seen == [[3, 2], [96, 96]]
 
 
 @pytest.fixture

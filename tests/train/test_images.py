@@ -15,7 +15,7 @@ from stvdm.interop import towers
 from stvdm.sampling import first_frame, pipeline
 from stvdm.sampling.denoising import HIGH, LOW
 from stvdm.sampling.pipeline import Pipeline
-from stvdm.train import dit
+from stvdm.train import batches, dit
 from stvdm.train import state as state_lib
 from stvdm.train.telemetry import read_metrics
 
@@ -87,8 +87,8 @@ def test_it_is_given_what_sampling_gives_for_the_clips_own_first_frame(
     rows = state_lib.open_batches(config, mesh)[0].batch_at(0)
     with jax.set_mesh(mesh):
         arrays = {name: rows[name] for name in ("video", "latent") if name in rows}
-        batch = {**arrays, **dit.images_reader(config, mesh)(rows), "tokens": None, "mask": None}
-        ours = dit.beginning(config, jax.jit(dit.batch_reader(config, coder))(params, batch))
+        batch = {**arrays, **batches.images_reader(config, mesh)(rows), "tokens": None, "mask": None}
+        ours = batches.beginning(config, jax.jit(batches.batch_reader(config, coder))(params, batch))
     assert sum(part is not None for part in ours) == {"i2v": 2, "i2v-a14b": 1, "ti2v": 1}[kind]
 
     settings = {**config.to_dict(), "text": description["config"]["text"]}
@@ -142,12 +142,12 @@ def test_where_the_first_frame_is_known_it_does_not_count(image_config, tiny_mod
     """Of clips for which it is drawn to be known; the others are trained as without."""
     config = image_config("ti2v", image__share=0.5)
     latent = jax.random.normal(jax.random.key(0), (32, 3, 4, 4, 4))
-    given = dit.beginning(config, {"latent": latent}, jax.random.key(1))
+    given = batches.beginning(config, {"latent": latent}, jax.random.key(1))
     assert 8 <= int(given.is_known_B.sum()) <= 24
     where = first_frame.is_known(given, 3)
     np.testing.assert_array_equal(where[:, 0].squeeze(), given.is_known_B)
     assert not where[:, 1:].any()
-    assert dit.beginning(config, {"latent": latent[:, :1]}, jax.random.key(1)).known_B1hwz is None
+    assert batches.beginning(config, {"latent": latent[:, :1]}, jax.random.key(1)).known_B1hwz is None
 
     params, _ = checkpoint.load_model(tiny_model)
     models = pipeline.build(config.to_dict(), latent_channels=4, num_words=10)
