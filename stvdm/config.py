@@ -332,7 +332,9 @@ def _problems(config: ConfigDict) -> Iterator[str]:
     for where, value in (
         ("total_steps", config.total_steps),
         ("log_every", config.log_every),
+        ("eval_batches", config.eval_batches),
         ("checkpoint_every", config.checkpoint_every),
+        ("keep_checkpoints", config.keep_checkpoints),
         ("optimizer.accumulate", optimizer.accumulate),
     ):
         if value < 1:
@@ -345,6 +347,8 @@ def _problems(config: ConfigDict) -> Iterator[str]:
         yield f"ema_decay={config.ema_decay}: expected 0 <= decay < 1."
     if optimizer.learning_rate <= 0:
         yield f"optimizer.learning_rate={optimizer.learning_rate}: expected above 0."
+    if not optimizer.clip_norm > 0:
+        yield f"optimizer.clip_norm={optimizer.clip_norm}: expected above 0 (1e9 clips nothing)."
     if not 0 < optimizer.decay_fraction <= 1:
         yield f"optimizer.decay_fraction={optimizer.decay_fraction}: expected 0 < share <= 1."
     if optimizer.schedule != "constant" and optimizer.warmup_steps >= config.total_steps:
@@ -376,6 +380,8 @@ def _autoencoder_problems(config: ConfigDict) -> Iterator[str]:
     yield from _choice("model.grouping", model.grouping, ("causal", "uniform", "frame"))
     yield from _choice("model.convolution", model.convolution, ("full", "separable"))
     yield from _choice("model.remat", model.remat, ("nothing", "stages"))
+    if config.statistics_batches < 1:
+        yield f"statistics_batches={config.statistics_batches}: expected at least 1."
     if config.data.source == "latents":
         yield "data.source='latents': an autoencoder trains on videos; use 'kinetic_shapes' or 'folder'."
     stages = len(model.multipliers)

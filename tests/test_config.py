@@ -3,6 +3,7 @@
 
 import importlib.util
 import itertools
+import math
 import pathlib
 
 import pytest
@@ -68,6 +69,19 @@ def test_choices_and_empty_lists_are_checked():
     for part in ("sample.spacing='linear': expected one of even", "sample.boundary=875.0", "image.tower_dtype='int8'"):
         assert part in str(error.value)
     assert "export_dtype='float8': expected one of float32, bfloat16, float16" in str(error.value)
+
+
+@pytest.mark.parametrize("value", [0, -1])
+def test_what_would_fail_late_or_train_nothing_is_refused_before(value):
+    config = base.autoencoder()
+    config.eval_batches = config.keep_checkpoints = config.statistics_batches = value
+    for clip_norm in (float(value), math.nan):
+        config.optimizer.clip_norm = clip_norm
+        with pytest.raises(ValueError) as error:
+            base.validate(config)
+        for key in ("eval_batches", "keep_checkpoints", "statistics_batches"):
+            assert f"{key}={value}: expected at least 1." in str(error.value)
+        assert f"optimizer.clip_norm={clip_norm}: expected above 0 (1e9 clips nothing)." in str(error.value)
 
 
 def test_ways_of_telling_time_and_text_that_do_not_go_together_are_refused():
