@@ -5,7 +5,7 @@ A run's checkpoints hold everything needed to go on, sharded as it lies on the m
 what is needed to use it, in two files that any tool can read: ``model.safetensors`` and ``model.json``.
 
     with Checkpoints(workdir, keep=2) as checkpoints:
-        state, position = checkpoints.restore(state)          # the newest whole one, if there is one
+        state = checkpoints.restore(state)                    # the newest whole one, if there is one
         checkpoints.save(step, state, position=position, config=config)
     save_model(directory, params, description)                # all processes together
     params, description = load_model(directory)
@@ -150,7 +150,7 @@ class Checkpoints:
             self._thread.shutdown()
             self._checkpointer.close()
 
-    def restore(self, state: Tree) -> tuple[Tree, dict[str, Any]]:
+    def restore(self, state: Tree) -> Tree:
         """The newest whole checkpoint, in the dtypes and shardings of ``state`` (arrays or ShapeDtypeStructs).
 
         Raises:
@@ -158,11 +158,8 @@ class Checkpoints:
           ValueError: if all are damaged, or the arrays have other names or shapes than ``state``.
         """
         self._check_shapes(state)
-        found = self._restored(
-            state=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state)),
-            position=ocp.args.JsonRestore(),
-        )
-        return found["state"], found["position"]
+        there = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        return self._restored(state=ocp.args.StandardRestore(there))["state"]
 
     def _check_shapes(self, state: Tree) -> None:
         """Orbax finds this too, and says it in a hundred lines."""

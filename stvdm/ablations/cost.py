@@ -42,7 +42,7 @@ def seconds_per_step(config: ConfigDict, coder: Autoencoder, *, num: int = 15) -
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh):
         run = train_dit.program(config, coder)
-        state, _ = state_lib.initialise(run, mesh)
+        state = state_lib.initialise(run, mesh)
         statistics = {"mean_z": jnp.zeros(coder.latent_channels), "std_z": jnp.ones(coder.latent_channels)}
         step = jax.jit(run.step, donate_argnums=0)
         found = []

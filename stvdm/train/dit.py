@@ -432,7 +432,7 @@ def raw_weights(workdir: epath.PathLike) -> Tree:
         mesh = sharding.make_mesh(devices=jax.devices("cpu")[:1])
         with jax.set_mesh(mesh):
             expected = state_lib.abstract_state(program(config, coder), mesh)
-            state, _ = checkpoints.restore(expected._replace(params=expected.ema))
+            state = checkpoints.restore(expected._replace(params=expected.ema))
             return jax.tree.map(checkpoint.on_host, state.params)
 
 

@@ -119,11 +119,11 @@ def resume(
       ValueError: if the data at ``position``, or the optimiser, is not what the checkpoint was trained with.
     """
     if checkpoints.latest is None:
-        return initialise(program, mesh)[0], 0
+        return initialise(program, mesh), 0
     first_step = check_position(checkpoints.position(), position)
     _check_optimizer(checkpoints.config()["optimizer"], config.optimizer)
     expected = abstract_state(program, mesh)
-    state, _ = checkpoints.restore(expected._replace(params=expected.ema))
+    state = checkpoints.restore(expected._replace(params=expected.ema))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, expected.params)
     keep = jax.jit(program.kept, out_shardings=shardings, donate_argnums=0)
     return state._replace(params=keep(state.params)), first_step
@@ -338,10 +338,10 @@ def start_from(state: State, weights: Tree) -> tuple[State, list[str]]:
     return state, sorted({"/".join(path.split("/")[:2]) for path in fresh.keys() - given.keys()})
 
 
-def initialise(program: Program, mesh: Mesh) -> tuple[State, State]:
-    """A fresh state, made sharded on the mesh, and the tree of its shardings."""
+def initialise(program: Program, mesh: Mesh) -> State:
+    """A fresh state, made sharded on the mesh."""
     fresh, _, shardings = _plan_state(program, mesh)
-    return jax.jit(fresh, out_shardings=shardings)(), shardings
+    return jax.jit(fresh, out_shardings=shardings)()
 
 
 def abstract_state(program: Program, mesh: Mesh) -> State:

@@ -116,7 +116,7 @@ def moments(workdir):
         _, description = dit.load_autoencoder(config.autoencoder)
         program = dit.program(config, pipeline.autoencoder_of(description["autoencoder"]))
         mesh = sharding.make_mesh(devices=jax.devices()[:1])
-        state, _ = checkpoints.restore(state_lib.abstract_state(program, mesh))
+        state = checkpoints.restore(state_lib.abstract_state(program, mesh))
     leaves, _ = jax.tree_util.tree_flatten_with_path(optax.tree.get(state.opt_state, "mu"))
     return {jax.tree_util.keystr(path): np.asarray(leaf, np.float64) for path, leaf in leaves}
 

@@ -43,12 +43,10 @@ def _settings(name="adamw", **changes):
 
 
 def _start(name="adamw", mesh=None, **changes):
-    optimizer, rate = state_lib.make_optimizer(_settings(name, **changes), total_steps=10)
+    optimizer, _ = state_lib.make_optimizer(_settings(name, **changes), total_steps=10)
     init = lambda: Net().init(jax.random.key(0), jnp.ones((1, 8)))["params"]  # noqa: E731
-    state, shardings = state_lib.initialise(
-        state_lib.Program(init, optimizer, None, None, None, None), mesh or sharding.make_mesh()
-    )
-    return state, shardings, optimizer, rate
+    program = state_lib.Program(init, optimizer, None, None, None, None)
+    return state_lib.initialise(program, mesh or sharding.make_mesh()), optimizer
 
 
 def _grads(params, x):
@@ -61,7 +59,7 @@ X = np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32)
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_moments_are_split_like_their_weights(name):
-    state, shardings, *_ = _start(name, mesh=sharding.make_mesh(fsdp=4, tensor=2))
+    state, _ = _start(name, mesh=sharding.make_mesh(fsdp=4, tensor=2))
     assert state.params["kernel"].sharding.spec == sharding.spec("width", "mlp")
     moments = [
         leaf
@@ -72,16 +70,15 @@ def test_moments_are_split_like_their_weights(name):
     assert not any(
         leaf.shape == (8, 4) and leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.opt_state)
     )
-    assert jax.tree.structure(shardings) == jax.tree.structure(state)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_sharded_steps_equal_single_device_steps(name):
     def run(mesh):
-        state, shardings, optimizer, _ = _start(name, mesh=mesh)
+        state, optimizer = _start(name, mesh=mesh)
         step = jax.jit(
             lambda s, x: state_lib.update(s, _grads(s.params, x), loss=LOSS, optimizer=optimizer, ema_decay=0.9)[0],
-            out_shardings=shardings,
+            out_shardings=jax.tree.map(lambda leaf: leaf.sharding, state),
         )
         for _ in range(3):
             state = step(state, X)
@@ -100,7 +97,7 @@ def test_muon_orthogonalises_each_stacked_layer_and_leaves_vectors_to_adam():
     assert (matrices["layers"]["kernel"].reduction_axis, matrices["layers"]["kernel"].output_axis) == ((1,), 2)
     assert (matrices["kernel"].reduction_axis, matrices["kernel"].output_axis) == ((0, 1, 2), 3)
     assert matrices["bias"] is None
-    state, _, optimizer, _ = _start("muon", clip_norm=1e9)
+    state, optimizer = _start("muon", clip_norm=1e9)
     grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(1), p.shape), state.params)
     updates, _ = optimizer.update(grads, state.opt_state, state.params)
     for layer in updates["layers"]["kernel"]:
@@ -109,7 +106,7 @@ def test_muon_orthogonalises_each_stacked_layer_and_leaves_vectors_to_adam():
 
 
 def test_non_finite_gradients_change_nothing_and_are_counted():
-    state, _, optimizer, _ = _start()
+    state, optimizer = _start()
     good = _grads(state.params, X)
     state, _ = state_lib.update(state, good, loss=LOSS, optimizer=optimizer, ema_decay=0.9)
     bad = jax.tree.map(lambda g: g.at[(0,) * g.ndim].set(jnp.nan), good)
@@ -122,7 +119,7 @@ def test_non_finite_gradients_change_nothing_and_are_counted():
 
 
 def test_a_loss_that_is_not_finite_is_skipped_though_its_gradients_are():
-    state, _, optimizer, _ = _start()
+    state, optimizer = _start()
     good = _grads(state.params, X)
     after, metrics = state_lib.update(state, good, loss=np.float32(np.inf), optimizer=optimizer, ema_decay=0.9)
     assert int(metrics["num_skipped"]) == 1
@@ -130,7 +127,7 @@ def test_a_loss_that_is_not_finite_is_skipped_though_its_gradients_are():
 
 
 def test_the_average_follows_the_recursion():
-    state, _, optimizer, _ = _start()
+    state, optimizer = _start()
     expected = jax.tree.map(np.asarray, state.ema)
     for n in range(30):
         state, _ = state_lib.update(state, _grads(state.params, X), loss=LOSS, optimizer=optimizer, ema_decay=0.7)
@@ -205,7 +202,7 @@ def test_a_stable_schedule_is_the_same_until_it_decays():
 def test_first_moments_may_be_kept_in_half_the_bytes(name):
     states = {}
     for moments in ("float32", "bfloat16"):
-        state, _, optimizer, _ = _start(name, moments=moments)
+        state, optimizer = _start(name, moments=moments)
         for _ in range(3):
             state, _ = state_lib.update(state, _grads(state.params, X), loss=LOSS, optimizer=optimizer, ema_decay=0.9)
         states[moments] = state
@@ -299,10 +296,9 @@ def _halved(params):
 def test_weights_in_halves_are_updated_as_whole_ones(name):
     mesh = sharding.make_mesh(fsdp=4, tensor=2)
     plain = _program(name, weight_decay=0.1)
-    (whole, _), (halves, shardings) = (
-        state_lib.initialise(program, mesh) for program in (plain, plain._replace(kept=_halved))
-    )
-    assert shardings.params["kernel"].high == shardings.params["kernel"].low == shardings.ema["kernel"]
+    whole, halves = (state_lib.initialise(program, mesh) for program in (plain, plain._replace(kept=_halved)))
+    kernel = halves.params["kernel"]
+    assert kernel.high.sharding == kernel.low.sharding == halves.ema["kernel"].sharding
     step = jax.jit(
         lambda state, grads: state_lib.update(state, grads, loss=LOSS, optimizer=plain.optimizer, ema_decay=0.9)[0]
     )
@@ -333,7 +329,7 @@ def test_a_checkpoint_holds_whole_weights(tmp_path):
 
 
 def test_clipping_bounds_the_step():
-    state, _, optimizer, _ = _start(clip_norm=1e-3, b1=0.0, b2=0.0)
+    state, optimizer = _start(clip_norm=1e-3, b1=0.0, b2=0.0)
     huge = jax.tree.map(lambda p: 1e6 * jnp.ones_like(p), state.params)
     clipped, _ = optax.clip_by_global_norm(1e-3).update(huge, optax.EmptyState())
     assert float(optax.tree.norm(clipped)) == pytest.approx(1e-3, rel=1e-4)
@@ -353,7 +349,7 @@ def test_streams_differ_by_seed_step_and_purpose_and_repeat():
 
 def test_a_run_starts_from_weights_and_says_what_is_fresh():
     mesh = sharding.make_mesh(fsdp=4, tensor=2)
-    state, _ = state_lib.initialise(_program(), mesh)
+    state = state_lib.initialise(_program(), mesh)
     weights = {"kernel": np.full((8, 4), 7.0, np.float32), "layers": {"kernel": np.full((2, 8, 8), 3.0, np.float32)}}
     found, fresh = state_lib.start_from(state, weights)
     assert fresh == ["bias"]
@@ -365,7 +361,7 @@ def test_a_run_starts_from_weights_and_says_what_is_fresh():
 
 
 def test_weights_that_have_no_place_are_refused():
-    state, _ = state_lib.initialise(_program(), sharding.make_mesh())
+    state = state_lib.initialise(_program(), sharding.make_mesh())
     weights = {"kernel": np.zeros((8, 5), np.float32), "bias": np.zeros(4, np.float32), "more": np.zeros(2, np.float32)}
     with pytest.raises(
         ValueError, match=r"kernel is \(8, 5\), expected \(8, 4\); more is \(2,\), expected none\. Make"
@@ -378,7 +374,7 @@ def test_what_is_not_trained_stays_has_no_moments_and_no_say_in_clipping(name):
     settings = _settings(name, weight_decay=0.1, clip_norm=0.01)
     optimizer, _ = state_lib.make_optimizer(settings, 10, train_only="^kernel|bias")
     program = _program()._replace(optimizer=optimizer)
-    state, _ = state_lib.initialise(program, sharding.make_mesh(fsdp=4, tensor=2))
+    state = state_lib.initialise(program, sharding.make_mesh(fsdp=4, tensor=2))
 
     def loss(params, batch, key):
         used = state_lib.left_alone(params, "^kernel|bias")
