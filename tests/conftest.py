@@ -91,7 +91,7 @@ def tiny_model(tmp_path_factory):
     config.text.update(dict(TINY_TEXT, words=("a", "ball", "blue", "grows", "moves", "red", "square"), max_tokens=12))
     config.sample.update(dict(steps=4, guidance=2.0))
     coder = Autoencoder(**TINY_AUTOENCODER)
-    models = pipeline.build(config.to_dict(), latent_channels=4, num_words=10)
+    models = pipeline.build(config.to_dict(), latent_channels=4)
     latent, text = jnp.zeros((1, 3, 4, 4, 4)), jnp.zeros((1, 12, 8))
 
     def init(key):

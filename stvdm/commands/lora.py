@@ -83,5 +83,5 @@ def _tables(about: dict[str, Any]) -> dict[str, Any]:
     from stvdm.sampling import pipeline
 
     channels = pipeline.autoencoder_of(about["autoencoder"]).latent_channels
-    dit = pipeline.build(about["config"], latent_channels=channels, num_words=3).dit
+    dit = pipeline.build(about["config"], latent_channels=channels).dit
     return {"original": wan.pairs(dit, "original"), "diffusers": wan.pairs(dit, "diffusers")}

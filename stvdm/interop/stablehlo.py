@@ -173,8 +173,7 @@ def _programs(
     settings, text = description["config"], description["config"]["text"]
     coder = pipeline.autoencoder_of(description["autoencoder"]).copy(dtype=dtype)
     plain = {**settings, "model": {**settings["model"], "matmul": "", "dtype": dtype.name}}
-    num_words = source.shapes.get("text/words", (0,))[0]
-    models = pipeline.build(plain, latent_channels=coder.latent_channels, num_words=num_words)
+    models = pipeline.build(plain, latent_channels=coder.latent_channels)
     latent = coder.latent_shape(size or pipeline.largest_clip(settings), models.dit.patch)
     of_words = dict(mask_BS=array(text["max_tokens"], dtype=jnp.bool_))
     reads = of_words | dict(text_BSE=array(text["max_tokens"], text["width"]))

@@ -317,7 +317,7 @@ def _trained(folder: epath.Path, description: Mapping[str, Any]) -> DiT:
         )
     latent_channels = pipeline.autoencoder_of(description["autoencoder"]).latent_channels
     plain = {**settings, "model": model | {"matmul": ""}}  # how products are rounded is no part of the weights
-    return pipeline.build(plain, latent_channels=latent_channels, num_words=0).dit
+    return pipeline.build(plain, latent_channels=latent_channels).dit
 
 
 def give(

@@ -35,7 +35,7 @@ from stvdm.models import autoencoder3d, lora
 from stvdm.models.autoencoder3d import Autoencoder
 from stvdm.models.dit import DiT
 from stvdm.models.quantized import quantized
-from stvdm.models.text_encoders import TextEncoder, WordTokenizer
+from stvdm.models.text_encoders import NUM_SPECIAL, TextEncoder, WordTokenizer
 from stvdm.models.tokenizers import BytePairTokenizer, PieceTokenizer
 from stvdm.models.unet import UNet
 from stvdm.sampling import denoising, first_frame
@@ -46,11 +46,11 @@ Tree = Any
 NETWORKS: dict[str, Any] = {"dit": DiT, "unet": UNet}  # what a config's model.network says
 
 
-def build(settings: Mapping[str, Any], *, latent_channels: int, num_words: int) -> Models:
+def build(settings: Mapping[str, Any], *, latent_channels: int) -> Models:
     """The networks of a config's ``model`` and ``text`` sections."""
     text = dict(settings["text"])
-    has_tower = bool(text.get("tower"))  # models of before there were towers do not say
-    for name in ("words", "tower", "tower_dtype", "padding"):
+    num_words, has_tower = NUM_SPECIAL + len(text.pop("words")), bool(text.get("tower"))
+    for name in ("tower", "tower_dtype", "padding"):  # models of before there were towers do not say
         text.pop(name, None)
     model = {
         name: tuple(value) if isinstance(value, list) else value for name, value in dict(settings["model"]).items()
@@ -201,7 +201,7 @@ class Pipeline:
         settings = description["config"]
         coder = autoencoder_of(description["autoencoder"])
         words = WordTokenizer(tuple(settings["text"]["words"]), settings["text"]["max_tokens"])
-        models = build(settings, latent_channels=coder.latent_channels, num_words=words.vocabulary_size)
+        models = build(settings, latent_channels=coder.latent_channels)
         tokenizer = words if reader is None else reader.tokenizer
         return cls(coder, models, tokenizer, params, settings, description.get("sha256", ""), reader, looker)
 

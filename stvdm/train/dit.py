@@ -79,9 +79,8 @@ def program(config: ConfigDict, coder: Autoencoder) -> Program:
     tower: what it made of them, float), and "latent" (raw) or "video".
     """
     # Networks.
-    tokenizer = WordTokenizer(tuple(config.text.words), config.text.max_tokens)
     settings = config.to_dict()
-    models = pipeline.build(settings, latent_channels=coder.latent_channels, num_words=tokenizer.vocabulary_size)
+    models = pipeline.build(settings, latent_channels=coder.latent_channels)
     read = batch_reader(config, coder)
     null = no_caption(config)
     if begins_with_image(config):
@@ -193,8 +192,7 @@ def program(config: ConfigDict, coder: Autoencoder) -> Program:
 def initialiser(config: ConfigDict, coder: Autoencoder) -> Callable[[], Tree]:
     """Makes the boxed weights of step 0, of the transformer, and of the small text encoder if there is one."""
     null = no_caption(config)
-    num_words = WordTokenizer(tuple(config.text.words), config.text.max_tokens).vocabulary_size
-    models = pipeline.build(config.to_dict(), latent_channels=coder.latent_channels, num_words=num_words)
+    models = pipeline.build(config.to_dict(), latent_channels=coder.latent_channels)
     latent_thw = coder.latent_shape(tuple(config.data.buckets[0][:3]))
 
     def fresh() -> Tree:

@@ -71,7 +71,7 @@ def test_ways_of_telling_time_and_text_have_equal_parameters(name, size, bases):
     sizes = {}
     for variant in QUESTIONS[name].variants:
         config = cells.prepared(QUESTIONS[name], bases(size), variant, 0)[0].dit
-        dit = pipeline.build(config.to_dict(), latent_channels=8, num_words=50).dit
+        dit = pipeline.build(config.to_dict(), latent_channels=8).dit
         text = jnp.zeros((1, 40, config.text.width))
         made = jax.eval_shape(dit.init, jax.random.key(0), jnp.zeros((1, 5, 8, 8, 8)), jnp.zeros((1, 1)), None, text)
         sizes[variant] = sum(leaf.size for leaf in jax.tree.leaves(nn.unbox(made)))
@@ -84,7 +84,7 @@ def test_the_unet_has_about_the_parameters_of_the_transformer(bases):
     sizes = {}
     for variant in ("dit", "unet", "images_alone"):
         (run,) = cells.prepared(QUESTIONS["bolted_on"], bases("tiny"), variant, 0)
-        network = pipeline.build(run.dit.to_dict(), latent_channels=8, num_words=50).dit
+        network = pipeline.build(run.dit.to_dict(), latent_channels=8).dit
         text = jnp.zeros((1, 40, run.dit.text.width))
         made = jax.eval_shape(
             network.init, jax.random.key(0), jnp.zeros((1, 5, 8, 8, 8)), jnp.zeros((1, 1)), None, text

@@ -150,7 +150,7 @@ def test_where_the_first_frame_is_known_it_does_not_count(image_config, tiny_mod
     assert batches.beginning(config, {"latent": latent[:, :1]}, jax.random.key(1)).known_B1hwz is None
 
     params, _ = checkpoint.load_model(tiny_model)
-    models = pipeline.build(config.to_dict(), latent_channels=4, num_words=10)
+    models = pipeline.build(config.to_dict(), latent_channels=4)
     time, text, mask = jnp.full(32, 0.7), jnp.ones((32, 3, 8)), jnp.ones((32, 3), bool)
     predict = jax.jit(lambda given: models.predict(params, latent, time, text, mask, given))
     mixed, none, everywhere = map(predict, (given, first_frame.Given(), given._replace(is_known_B=None)))
