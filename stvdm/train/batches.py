@@ -41,12 +41,23 @@ IMAGE_TOKENS = 257  # of an image, by the tower of Wan 2.1: CLIP ViT-H/14 at 224
 NUM_PREVIEWS = 4  # held-out captions that are sampled where the config names no prompts
 
 
+def stored(config: ConfigDict) -> list[tuple[str, dict[str, Any]]]:
+    """(folder, its metadata) of the latents that are read ready-made; none where the step encodes videos."""
+    folders = (config.data.path, config.data.validation_path)
+    return [(path, read_metadata(path)) for path in folders if config.data.source == "latents" and path]
+
+
+def words_tokenizer(config: ConfigDict) -> WordTokenizer:
+    """That of the small text encoder, which reads captions where no tower does."""
+    return WordTokenizer(tuple(config.text.words), config.text.max_tokens)
+
+
 def no_caption(config: ConfigDict) -> Captions:
     """The empty caption, for which some are dropped; of a tower, which is not at hand, one of its shape."""
     S, E = config.text.max_tokens, config.text.width
     if config.text.tower:
         return np.zeros((1, S, E), np.float32), np.ones((1, S), bool)
-    return WordTokenizer(tuple(config.text.words), S)([""])
+    return words_tokenizer(config)([""])
 
 
 def captions_reader(config: ConfigDict, reader: towers.Reader | None, mesh: Mesh) -> Callable[[Tree], Tree]:
@@ -58,11 +69,6 @@ def captions_reader(config: ConfigDict, reader: towers.Reader | None, mesh: Mesh
       ValueError: if what lies there is of another tower, or of captions that were cut elsewhere.
     """
     settings = config.to_dict()
-    stored = [
-        (path, read_metadata(path)["about"].get("text"))
-        for path in (config.data.path, config.data.validation_path)
-        if config.data.source == "latents" and path
-    ]
 
     def words(batch: Tree) -> Tree:
         tokens_BS, mask_BS = tokenizer(batch["caption"])
@@ -84,13 +90,14 @@ def captions_reader(config: ConfigDict, reader: towers.Reader | None, mesh: Mesh
         }
 
     if reader is None:
-        tokenizer: Any = WordTokenizer(tuple(config.text.words), config.text.max_tokens)
+        tokenizer: Any = words_tokenizer(config)
         return words
     tokenizer = reader.tokenizer
-    if not any(there for _, there in stored):
+    read_by = [(path, found["about"].get("text")) for path, found in stored(config)]
+    if not any(there for _, there in read_by):
         return read_now
     here = towers.identity(config.text.tower, max_tokens=config.text.max_tokens)
-    for path, there in stored:
+    for path, there in read_by:
         if there != here:
             raise ValueError(
                 f"{path}: its text was read by {there}, expected {here}; run `stvdm preprocess` again with this "
@@ -172,10 +179,7 @@ def images_reader(config: ConfigDict, mesh: Mesh) -> Callable[[Tree], Tree]:
 
         return look_now
     here = towers.identity(config.image.tower) if "image_tokens" in takes else None  # reads all of its weights
-    for path in (config.data.path, config.data.validation_path):
-        if not takes or not path:
-            continue
-        found = read_metadata(path)
+    for path, found in stored(config):
         if missing := [name for name in takes if name not in found["schema"]]:
             raise ValueError(
                 f"{path}: no {' and no '.join(missing)} beside the latents, expected them for a network that begins "
@@ -219,15 +223,15 @@ def check_latents(config: ConfigDict, coder_description: dict[str, Any]) -> None
     Raises:
       ValueError: if the weights that encoded them are not those that would decode them.
     """
-    for path in (config.data.path, config.data.validation_path):
-        if config.data.source == "latents" and path:
-            made_by, here = read_metadata(path)["about"].get("autoencoder"), coder_description["sha256"]
-            if made_by not in (None, here):
-                raise ValueError(
-                    f"{path}: latents of an autoencoder with sha256 {made_by[:12]}..., expected that of "
-                    f"autoencoder={config.autoencoder!r}, {here[:12]}...; run `stvdm preprocess` again, or name the "
-                    "autoencoder that made them."
-                )
+    here = coder_description["sha256"]
+    for path, found in stored(config):
+        made_by = found["about"].get("autoencoder")
+        if made_by not in (None, here):
+            raise ValueError(
+                f"{path}: latents of an autoencoder with sha256 {made_by[:12]}..., expected that of "
+                f"autoencoder={config.autoencoder!r}, {here[:12]}...; run `stvdm preprocess` again, or name the "
+                "autoencoder that made them."
+            )
 
 
 class Previews(NamedTuple):

@@ -42,7 +42,7 @@ from stvdm.data.loader import Loader
 from stvdm.diffusion import flow
 from stvdm.models import lora
 from stvdm.models.autoencoder3d import Autoencoder
-from stvdm.models.text_encoders import WordTokenizer, collect_words
+from stvdm.models.text_encoders import collect_words
 from stvdm.planning.flops import model_flops
 from stvdm.sampling import denoising, first_frame, pipeline
 from stvdm.sampling.pipeline import Pipeline
@@ -60,6 +60,7 @@ from stvdm.train.batches import (
     images_reader,
     no_caption,
     previews_of,
+    words_tokenizer,
 )
 from stvdm.train.state import Program, State, is_due
 from stvdm.train.telemetry import Telemetry
@@ -234,7 +235,7 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
         config = base.with_words(config, words_of(config, before, start, batches))
         settings = config.to_dict()
         reader = pipeline.reader_of(settings)
-        tokenizer = reader.tokenizer if reader else WordTokenizer(tuple(config.text.words), config.text.max_tokens)
+        tokenizer = reader.tokenizer if reader else words_tokenizer(config)
         previews = previews_of(config, tokenizer, held_out, mesh)
         reader = reader and reader.on(mesh)
         known = reader and reader.only(["", config.sample.negative, *previews.prompts])
