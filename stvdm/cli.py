@@ -41,6 +41,7 @@ from stvdm.commands import (
     supervise,
     train,
 )
+from stvdm.train import supervisor
 
 COMMANDS = (generate, train, supervise, preprocess, lora, evaluate, ablate, plan, data, import_weights, export_weights)
 
@@ -78,21 +79,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             "(--config.model.remat=everything), or average micro-batches (--config.optimizer.accumulate).",
             file=sys.stderr,
         )
-        return _left(2)
+        return _left(supervisor.REFUSED)
     except (ValueError, OSError, FloatingPointError, ImportError) as error:  # of imports, e.g. gcsfs, for gs://
         if args.debug:
             raise
         print(f"stvdm: error: {error}\n(`--debug` shows where)", file=sys.stderr)
         if isinstance(error, FloatingPointError):
-            return _left(65)
-        return _left(1 if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) else 2)
+            return _left(supervisor.DIVERGED)
+        may_pass = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+        return _left(1 if may_pass else supervisor.REFUSED)
     return status or 0
 
 
 def _left(status: int) -> int:
     """The status; one of several processes of a training ends here, and does not wait for the others."""
-    from stvdm.train import supervisor
-
     supervisor.leave_at_once(status)
     return status
 

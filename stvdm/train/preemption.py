@@ -31,8 +31,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from stvdm.checkpoint import Checkpoints
-
-RESUME = 75  # exit status: saved, not finished; EX_TEMPFAIL of sysexits.h
+from stvdm.train.supervisor import RESUME
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from stvdm.train import preemption
+from stvdm.train import preemption, supervisor
 
 # Folding this constant takes the compiler minutes, in which no handler of Python's runs.
 CHILD = """
@@ -38,7 +38,7 @@ def test_it_leaves_at_once_while_the_first_step_compiles(tmp_path):
         time.sleep(1)  # to be in the compiler; before it the same holds
         child.terminate()
         said, error = child.communicate(timeout=60)  # until nobody has its output: what read clips for it has gone too
-    assert (child.returncode, said) == (preemption.RESUME, ""), error
+    assert (child.returncode, said) == (supervisor.RESUME, ""), error
     assert "nothing to save" in error
 
 
@@ -62,4 +62,4 @@ def test_leaving_waits_for_the_save_and_says_what_to_do():
     checkpoints = Checkpoints()
     with pytest.raises(SystemExit) as left:
         preemption.leave(checkpoints)
-    assert left.value.code == preemption.RESUME == 75 and checkpoints.waited
+    assert left.value.code == supervisor.RESUME == 75 and checkpoints.waited
