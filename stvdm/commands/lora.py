@@ -2,7 +2,6 @@
 """`stvdm lora`: low-rank adapters from the files of others, into them, or into the weights they are for."""
 
 import argparse
-import json
 from typing import Any
 
 from stvdm.commands import parts
@@ -33,6 +32,7 @@ def add(commands: Any) -> None:
     )
     command.add_argument("--base", metavar="DIR", help="the model that they were trained beside, which they change")
     command.add_argument("--to", required=True, metavar="PATH", help="a file (or, for PEFT, a folder); else a folder")
+    parts.add_overwrite(command)
     command.add_argument(
         "--format", choices=FORMATS, default="comfyui", help="of an export: whose names and files (default: comfyui)"
     )
@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> None:
     missing = [{"source": "from"}.get(name, name) for name in needed if not getattr(args, name)]
     if missing:
         raise ValueError(f"lora {args.action}: --{' and --'.join(missing)} missing; it says what to {args.action}")
+    parts.refuse_existing(args.to, option="--to", overwrite=args.overwrite)
     from stvdm import checkpoint
     from stvdm.interop import lora as files
     from stvdm.interop import mapping
@@ -56,7 +57,9 @@ def run(args: argparse.Namespace) -> None:
         merged = lora.merged(pipeline.transformers_of(params, adapters), adapters)
         checkpoint.save_model(args.to, {**params, **merged}, description)
     elif args.action == "import":
-        about = _described(args.base)
+        about = checkpoint.describe_model(pipeline.model_folder(args.base))
+        if about["kind"] != "dit":
+            raise ValueError(f"--base={args.base}: a model of kind {about['kind']!r}, expected a whole one, 'dit'")
         trained = files.from_foreign(mapping.read(args.source), _tables(about))
         said = {"kind": "lora", "base": args.base, "base_sha256": about["sha256"]}
         said |= {name: about[name] for name in ("autoencoder", "config")}
@@ -67,14 +70,6 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"--from={args.source}: a model of kind {about['kind']!r}, expected adapters, 'lora'")
         files.write(args.to, files.to_foreign(params, _tables(about), args.format), args.format)
     print(args.to)
-
-
-def _described(folder: str) -> dict[str, Any]:
-    """model.json of a model."""
-    from stvdm import checkpoint
-    from stvdm.sampling import pipeline
-
-    return json.loads((pipeline.model_folder(folder) / checkpoint.DESCRIPTION).read_text())
 
 
 def _tables(about: dict[str, Any]) -> dict[str, Any]:

@@ -36,5 +36,11 @@ def test_adapters_go_out_and_come_in_and_melt_into_weights(tiny_model, tmp_path,
     expected = lora.merged({"dit": base["dit"]}, [(trained, 0.5)])
     jax.tree.map(np.testing.assert_array_equal, merged["dit"], expected["dit"])
     jax.tree.map(np.testing.assert_array_equal, merged["autoencoder"], base["autoencoder"])
+    words = ["lora", "export", f"--from={tmp_path}/run", f"--to={tmp_path}/style.safetensors"]
+    assert f"--to={tmp_path}/style.safetensors: this is there already" in failure(*words)
+    assert cli.main([*words, "--overwrite"]) == 0
+    words = ["lora", "import", f"--from={tmp_path}/style.safetensors", "--to=x"]
+    assert "of kind 'lora', expected a whole one" in failure(*words, f"--base={tmp_path}/run")
+    assert f"{tmp_path}: expected a model, found no" in failure(*words, f"--base={tmp_path}")
     assert "expected adapters, 'lora'" in failure("lora", "export", f"--from={tiny_model}", "--to=x")
     assert "--base and --lora missing" in failure("lora", "merge", "--to=x")
