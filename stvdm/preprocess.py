@@ -11,7 +11,7 @@ with the first shard that is missing.
     about = preprocess(encode, FolderSource("clips", fps=8), "latents", buckets=[(17, 64, 64)], batch_size=16, seed=0)
     loader = make_loader(RecordSource("latents"), buckets=[(17, 64, 64, 32)], seed=0)      # batches hold "latent"
 
-`encode` takes uint8 (B, T, H, W, 3) and gives latent means (B, t, h, w, z); see `stvdm.cli` for the one that holds a
+`encode` takes uint8 (B, T, H, W, 3) and gives latent means (B, t, h, w, z); that of `stvdm.commands.preprocess` holds a
 trained model. Text is stored without padding: most captions are far shorter than what a tower can read. A network that
 begins with an image is given the latent of a clip's first frame followed by grey ones; of that only the first latent
 frame is the clip's own, so it is encoded and stored as well.

@@ -91,8 +91,8 @@ def program(config: ConfigDict, coder: Autoencoder) -> Program:
     def init() -> Tree:
         if not config.lora.rank:
             return fresh()
-        key, base = state_lib.stream(config.seed, 0, "adapters"), jax.eval_shape(fresh)
-        return lora.fresh(key, {"dit": base["dit"]}, rank=config.lora.rank, targets=config.lora.targets)
+        key, weights = state_lib.stream(config.seed, 0, "adapters"), jax.eval_shape(fresh)
+        return lora.fresh(key, {"dit": weights["dit"]}, rank=config.lora.rank, targets=config.lora.targets)
 
     def whole(params: Tree, frozen: Tree) -> Tree:
         """All weights: those that are trained, and those that they lie beside."""
@@ -175,9 +175,9 @@ def program(config: ConfigDict, coder: Autoencoder) -> Program:
         channels = {"latent": coder.latent_channels, "extra": first_frame.parts_of(config.model).get("image_latent", 0)}
         made = {name: jax.ShapeDtypeStruct((clips, *latent, z), jnp.float32) for name, z in channels.items() if z}
         batch = {**batch, **made, "image": batch.get("image_tokens")}
-        params, base = nn.unbox(jax.eval_shape(lambda: (init(), fresh())))
+        params, weights = nn.unbox(jax.eval_shape(lambda: (init(), fresh())))
         if config.train_only or config.lora.rank:
-            both = {"base": base}, params
+            both = {"base": weights}, params
             flops = model_flops(loss, both, batch, gradient=lambda both, *rest: gradient(both[0])(both[1], *rest))
         else:
             flops = model_flops(loss, params, batch)

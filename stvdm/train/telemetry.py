@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a running trainer says: a progress line, metrics as JSONL and TensorBoard, preview pictures, a profile.
 
-    telemetry = Telemetry(workdir, num_steps=config.num_steps)
+    telemetry = Telemetry(workdir, num_steps=config.total_steps)
     with telemetry.timed("data"):
         batch = next(batches)
     with telemetry.step(batch, run.work):    # charged to "compile" for the first batch of a shape, then to "step"
