@@ -52,29 +52,27 @@ def clip(text: str) -> tuple[int, int, int]:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.format == "stablehlo":
-        parts.refuse_existing(args.to, option="--to", overwrite=args.overwrite)
+    as_programs = args.format == "stablehlo"
+    if args.clip and not as_programs:
+        raise ValueError("--clip: weights are for clips of any size; it is for --format=stablehlo")
+    parts.refuse_existing(args.to, option="--to", overwrite=args.overwrite)
+    if as_programs:
         import jax
 
         jax.config.update("jax_platforms", "cpu")  # programs are for all kinds of devices, and nothing is computed
+    params = None
+    if args.raw:
+        from stvdm.train import dit
+
+        params = dit.raw_weights(args.source)
+    if as_programs:
         from stvdm.interop import stablehlo
         from stvdm.sampling import pipeline
 
         source = pipeline.bundled() if args.source == parts.BUNDLED else args.source
-        params = raw_weights(args) if args.raw else None
-        print("\n".join(stablehlo.write(source, args.to, size=args.clip, dtype=args.dtype, params=params)))
-        return
-    if args.clip:
-        raise ValueError("--clip: weights are for clips of any size; it is for --format=stablehlo")
-    parts.refuse_existing(args.to, option="--to", overwrite=args.overwrite)
-    from stvdm.interop import wan_model
+        written = stablehlo.write(source, args.to, size=args.clip, dtype=args.dtype, params=params)
+    else:
+        from stvdm.interop import wan_model
 
-    params = raw_weights(args) if args.raw else None
-    print("\n".join(wan_model.give(args.source, args.to, args.format, dtype=args.dtype, params=params)))
-
-
-def raw_weights(args: argparse.Namespace) -> Any:
-    """Of the run's newest checkpoint."""
-    from stvdm.train import dit
-
-    return dit.raw_weights(args.source)
+        written = wan_model.give(args.source, args.to, args.format, dtype=args.dtype, params=params)
+    print("\n".join(written))
