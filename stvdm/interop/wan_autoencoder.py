@@ -282,11 +282,6 @@ def exported(model: Autoencoder, params: Tree, layout: Layout) -> dict[str, np.n
     }
 
 
-def shapes_there(model: Autoencoder, layout: Layout) -> dict[str, Shape]:
-    """Names and shapes of a layout; no memory is needed."""
-    return {pair.theirs: pair.shape for pair in pairs(model, layout)}
-
-
 @functools.cache
 def shapes(model: Autoencoder) -> Tree:
     """Shapes of all its parameters."""

@@ -204,6 +204,7 @@ def tiled_encode(
     tile, where convolutions saw padding in place of neighbours, are thrown away before blending. The result equals
     whole coding where there is no middle attention and the margin is as wide as the receptive field, and always where
     one tile holds the frame; elsewhere it is near. With ``chunk_latents`` each tile is streamed as well.
+    For callers whose frames are too large for memory: `Pipeline` streams whole ones.
     """
     s = model.spatial
 
@@ -228,7 +229,7 @@ def tiled_decode(
     margin: int = 0,
     chunk_latents: int | None = None,
 ) -> jax.Array:
-    """`Autoencoder.decode` of overlapping tiles of the latent, blended linearly: see `tiled_encode`."""
+    """`Autoencoder.decode` of overlapping tiles of the latent, blended linearly; for callers, as `tiled_encode`."""
 
     def decode(y: int, x: int, h: int, w: int) -> jax.Array:
         part = latent_Bthwz[:, :, y : y + h, x : x + w]

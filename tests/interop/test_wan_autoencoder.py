@@ -116,7 +116,7 @@ def test_streams_equal_the_whole(version):
 def test_full_size_has_their_names_and_shapes(version, layout):
     model = wan_autoencoder.model_of(foreign_wan_autoencoder.FULL[version])
     assert model == {"2.1": wan_autoencoder.WAN_2_1, "2.2": wan_autoencoder.WAN_2_2}[version]
-    there = {name: list(shape) for name, shape in wan_autoencoder.shapes_there(model, layout).items()}
+    there = {pair.theirs: list(pair.shape) for pair in wan_autoencoder.pairs(model, layout)}
     assert GOLDEN[version]["full"][layout] == {
         "sha256": foreign_wan_autoencoder.digest(there),
         "tensors": len(there),
