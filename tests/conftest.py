@@ -114,6 +114,24 @@ def tiny_model(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """gs://bucket, as etils sees it through fsspec: its listings have no gs:// before them."""
+    from etils.epath import backend
+    from fsspec.implementations.local import LocalFileSystem
+
+    class Bucket(LocalFileSystem):
+        cachable = False
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return str(path).replace("gs://", f"{tmp_path}/", 1).rstrip("/")
+
+    monkeypatch.setattr(type(backend.fsspec_backend), "_get_filesystem", lambda self, name: Bucket())
+    (tmp_path / "bucket").mkdir()
+    return tmp_path / "bucket"
+
+
 CONFIG_FILE = """
 from ml_collections import ConfigDict
 

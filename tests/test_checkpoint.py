@@ -230,24 +230,6 @@ def test_what_takes_long_says_that_it_gets_on(two_steps):
         assert len(calls) == num_files + 2
 
 
-@pytest.fixture
-def bucket(tmp_path, monkeypatch):
-    """gs://bucket, as etils sees it through fsspec: its listings have no gs:// before them."""
-    from etils.epath import backend
-    from fsspec.implementations.local import LocalFileSystem
-
-    class Bucket(LocalFileSystem):
-        cachable = False
-
-        @classmethod
-        def _strip_protocol(cls, path):
-            return str(path).replace("gs://", f"{tmp_path}/", 1).rstrip("/")
-
-    monkeypatch.setattr(type(backend.fsspec_backend), "_get_filesystem", lambda self, name: Bucket())
-    (tmp_path / "bucket").mkdir()
-    return tmp_path / "bucket"
-
-
 def test_on_an_object_store_every_file_is_digested_and_half_a_step_does_not_count(two_steps, bucket):
     shutil.copytree(two_steps / "checkpoints" / "2", bucket / "2")
     (bucket / "2" / "manifest" / "0-of-1.json").unlink()

@@ -98,7 +98,8 @@ class Telemetry:
 
         import tensorboardX
 
-        if staging is None and "://" in str(workdir):
+        self._is_temporary = staging is None and "://" in str(workdir)
+        if self._is_temporary:
             staging = tempfile.mkdtemp(prefix="stvdm-telemetry-")
         self._local = Path(staging if staging is not None else workdir)
         self._local.mkdir(parents=True, exist_ok=True)
@@ -239,7 +240,10 @@ class Telemetry:
             print(text, file=self._stream, flush=True)
 
     def close(self) -> None:
-        """Flush, copy if the workdir is remote, and let go of the files. Closing twice is fine."""
+        """Flush, copy if the workdir is remote, and let go of the files. Closing twice is fine.
+
+        A temporary folder is removed if everything in it was copied.
+        """
         self._end_profile()
         if self._writes and not self._metrics.closed:
             try:
@@ -247,7 +251,8 @@ class Telemetry:
                     self._metrics.close()
                     self._board.close()
             finally:
-                self._copy(now=True)
+                if self._copy(now=True) and self._is_temporary:
+                    shutil.rmtree(self._local)
 
     def __enter__(self) -> "Telemetry":
         return self
@@ -302,12 +307,15 @@ class Telemetry:
             jax.profiler.stop_trace()
             self.say(f"the profile is in {self.workdir / 'profile'}")
 
-    def _copy(self, *, now: bool = False) -> None:
-        """Bring the staged files to the workdir; a failed copy warns and is tried again, for it must not end a run."""
+    def _copy(self, *, now: bool = False) -> bool:
+        """Bring the staged files to the workdir; a failed copy warns and is tried again, for it must not end a run.
+
+        Returns whether all of them are there.
+        """
         if not self._writes or not self._staged:
-            return
+            return True
         if not now and time.monotonic() - self._last_copy < self._copy_seconds:
-            return
+            return False
         self._last_copy = time.monotonic()
         try:
             for source in sorted(self._local.rglob("*")):
@@ -322,6 +330,8 @@ class Telemetry:
             warnings.warn(
                 f"metrics could not be copied to {self.workdir} and stay in {self._local}: {error}", stacklevel=3
             )
+            return False
+        return True
 
 
 class _Past:

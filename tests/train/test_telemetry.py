@@ -6,6 +6,8 @@ import json
 import math
 import os
 import re
+import shutil
+import tempfile
 
 import jax.numpy as jnp
 import numpy as np
@@ -313,6 +315,23 @@ def test_a_failed_copy_warns_and_training_goes_on(tmp_path, monkeypatch):
     monkeypatch.undo()
     telemetry.close()
     assert len(read_metrics(tmp_path / "bucket")) == 1
+
+
+def test_a_temporary_folder_goes_if_everything_in_it_was_copied(bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with Telemetry("gs://bucket/run", num_steps=4, stream=None) as telemetry:
+        telemetry.record(1, {"loss": 1.0})
+        assert (next(tmp_path.glob("stvdm-telemetry-*")) / "metrics.jsonl").exists()
+    assert not list(tmp_path.glob("stvdm-telemetry-*"))
+    assert len(read_metrics(bucket / "run")) == 1
+    telemetry = Telemetry("gs://bucket/run", num_steps=4, first_step=1, stream=None)
+    telemetry.record(2, {"loss": 0.5})
+    shutil.rmtree(bucket)
+    bucket.touch()
+    with pytest.warns(UserWarning, match="could not be copied"):
+        telemetry.close()
+    (left,) = tmp_path.glob("stvdm-telemetry-*")
+    assert len(read_metrics(left)) == 2
 
 
 def test_only_process_zero_writes(tmp_path, monkeypatch):
