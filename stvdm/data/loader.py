@@ -125,28 +125,6 @@ class StoredKineticShapes:
         return bytes(self._records[index]["caption"]).decode()
 
 
-def open_source(
-    kind: str,
-    path: str = "",
-    *,
-    fps: float = 8.0,
-    num_clips: int = 50_000,
-    seed: int = 0,
-    split: kinetic_shapes.Split = "train",
-    world: kinetic_shapes.World | None = None,
-) -> Source:
-    """The source a config names: 'kinetic_shapes' (rendered as it is read, if no path), 'folder' or 'latents'."""
-    if kind == "kinetic_shapes" and not path:
-        return KineticShapes(seed=seed, split=split, num_clips=num_clips, fps=fps, world=world)
-    if kind == "kinetic_shapes":
-        return StoredKineticShapes(path, split=split)
-    if kind == "folder":
-        return FolderSource(path, fps=fps)
-    if kind == "latents":
-        return RecordSource(path)
-    raise ValueError(f"source={kind!r}: expected 'kinetic_shapes', 'folder' or 'latents', so name one of them")
-
-
 class Part:
     """Some examples of a source."""
 
@@ -203,26 +181,29 @@ def _held_out(members: Sequence[np.ndarray | range], *, share: float) -> set[int
 
 
 def configured_source(data: Any, *, seed: int, split: kinetic_shapes.Split = "train") -> Source:
-    """All clips of one split of a config's ``data`` section: of kinetic shapes, or of ``path`` or ``validation_path``.
+    """All clips of one split of a config's ``data`` section: of kinetic shapes, rendered as they are read if no
+    ``path`` has them, or of ``path`` or ``validation_path``.
 
     Raises:
-      ValueError: for another split than "train" of a folder or of latents that names no ``validation_path``.
+      ValueError: for another split than "train" of a folder or of latents that names no ``validation_path``, and for a
+        source that is none of these.
     """
-    separate = data.source != "kinetic_shapes" and split != "train"
-    if separate and not data.validation_path:
+    if data.source == "kinetic_shapes" and data.path:
+        return StoredKineticShapes(data.path, split=split)
+    if data.source == "kinetic_shapes":
+        world = kinetic_shapes.World(**dict(data.world))
+        return KineticShapes(seed=seed, split=split, num_clips=data.num_clips, fps=data.fps, world=world)
+    if split != "train" and not data.validation_path:
         raise ValueError(
             f"split={split!r}: data.validation_path='': expected the folder of the held-out clips, so name it, or take "
             "the split 'train'"
         )
-    return open_source(
-        data.source,
-        data.validation_path if separate else data.path,
-        fps=data.fps,
-        num_clips=data.num_clips,
-        seed=seed,
-        split=split,
-        world=kinetic_shapes.World(**dict(data.world)),
-    )
+    path = data.path if split == "train" else data.validation_path
+    if data.source == "folder":
+        return FolderSource(path, fps=data.fps)
+    if data.source == "latents":
+        return RecordSource(path)
+    raise ValueError(f"data.source={data.source!r}: expected one of kinetic_shapes, folder, latents.")
 
 
 class Loader:

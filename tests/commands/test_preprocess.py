@@ -57,7 +57,7 @@ def test_preprocess_writes_the_latents_that_the_autoencoder_makes(made, tmp_path
     assert cli.main([*words, f"--out={tmp_path}/latents"]) == 0
     assert "encoding 3/3" in capsys.readouterr().err
 
-    source = loader.open_source("kinetic_shapes", num_clips=3, seed=3)
+    source = loader.KineticShapes(num_clips=3, seed=3)
     latents = latents_in(tmp_path / "latents")
     assert len(latents) == 3
     clips = [source.read(i, num_frames=5, height=16, width=16, rng=np.random.default_rng(0)) for i in range(3)]

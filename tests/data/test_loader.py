@@ -13,7 +13,7 @@ from stvdm import config as base
 from stvdm.data import loader as loading
 from stvdm.data import records
 from stvdm.data.folder import FolderSource
-from stvdm.data.loader import KineticShapes, check_position, make_loader, open_source
+from stvdm.data.loader import KineticShapes, check_position, make_loader
 
 BUCKETS = [(5, 16, 16, 4, 2.0), (1, 16, 24, 8, 1.0)]
 
@@ -182,7 +182,7 @@ def test_latents_go_to_the_bucket_of_exactly_their_shape(tmp_path):
     ]
     records.write_shard(tmp_path, 0, examples)
     records.finish(tmp_path, num_shards=1)
-    source = open_source("latents", str(tmp_path))
+    source = records.RecordSource(tmp_path)
     batch = next(make(source, buckets=[(9, 16, 16, 3)]))
     assert batch["latent"].dtype == np.float32
     assert sorted(batch["index"]) == [0, 2, 4]
@@ -250,11 +250,17 @@ def test_position_is_json_and_refuses_other_data():
             check_position(saved, changed.position)
 
 
-def test_open_source_knows_its_kinds(folder):
-    assert len(open_source("kinetic_shapes", num_clips=7)) == 7
-    assert len(open_source("folder", str(folder), fps=8)) > 12
-    with pytest.raises(ValueError, match="source='imagenet': expected"):
-        open_source("imagenet")
+def configured(source, path="", **settings):
+    data = base.dit().data.copy_and_resolve_references()
+    data.update(source=source, path=str(path), **settings)
+    return loading.configured_source(data, seed=0)
+
+
+def test_a_config_names_one_of_the_kinds(folder):
+    assert len(configured("kinetic_shapes", num_clips=7)) == 7
+    assert len(configured("folder", folder)) > 12
+    with pytest.raises(ValueError, match="data.source='imagenet': expected one of kinetic_shapes"):
+        configured("imagenet")
 
 
 def test_stored_kinetic_shapes_read_as_they_are_rendered(tmp_path):
@@ -262,7 +268,7 @@ def test_stored_kinetic_shapes_read_as_they_are_rendered(tmp_path):
 
     config = kinetic_shapes_tfds.KineticShapesConfig(num_clips={"train": 6}, num_frames=5, height=16, width=16)
     directory = kinetic_shapes_tfds.write(tmp_path, config)
-    stored = open_source("kinetic_shapes", str(directory))
+    stored = configured("kinetic_shapes", directory)
     rendered = KineticShapes(num_clips=6)
     captions = {
         rendered.read(k, num_frames=2, height=8, width=8, rng=np.random.default_rng(0))["caption"] for k in range(6)
