@@ -6,7 +6,8 @@
     latents-DIGEST/     of the autoencoder's weights, the rendered world, the clips' shapes
 
 However many cells, questions or ways of sampling use it: it is made by one job at a time, and goes on where it stopped.
-Code is not in the digest: after a change of a model or a trainer, delete the shelf.
+Code is not in their digests (`sources` is of it, and results name that): after a change of a model or a trainer, delete
+the shelf.
 
     made = made_once(train_dit.main, config, shelf, [digest], say)
 """
@@ -14,8 +15,10 @@ Code is not in the digest: after a change of a model or a trainer, delete the sh
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
+import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -163,6 +166,16 @@ def under(key: str, names: Sequence[str]) -> bool:
 
 def versions() -> dict[str, str]:
     return {"stvdm": stvdm.__version__, "jax": jax.__version__}
+
+
+@functools.cache
+def sources() -> str:
+    """Digest of the package's code: it is no condition, but tells which results were made by which."""
+    digest = hashlib.sha256()
+    root = pathlib.Path(stvdm.__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def digest_of(params: Any) -> str:
