@@ -3,8 +3,9 @@
 
 A result says under "conditions" what it was made under: prompts, resolution, length, steps, guidance, seeds, how many
 samples, versions, device. What differs is named, file by file and key by key. `stvdm evaluate --compare` sets results
-of `stvdm evaluate` side by side, of which only the model may differ (its path and the digest of its weights), since
-that is what is compared; cells of ablations have a rule more (`stvdm.ablations.results`).
+of `stvdm evaluate` side by side, of which only the model may differ (where it lies, the digests of its weights and of
+its autoencoder's, its path from noise to data), since that is what is compared; cells of ablations have a rule more
+(`stvdm.ablations.results`).
 
     stvdm evaluate --compare one.json other.json
     found = read(paths);  check(found);  print(as_markdown(found))
@@ -37,13 +38,16 @@ from stvdm.evaluation import result_file
 Result = dict[str, Any]
 Conditions = Mapping[str, Any]
 
-OF_THE_MODEL = ("checkpoint", "model_sha256")  # what is compared, and so may differ
+OF_FLOW_LOSS = {"autoencoder_sha256": "autoencoder", "flow_path": "path"}  # give it its unit
+OF_THE_MODEL = ("checkpoint", "model_sha256", *OF_FLOW_LOSS)  # what is compared, and so may differ
+FLOW_LOSS = "flow loss (of one autoencoder)"
 SCALARS = {  # of a result, without intervals, beside distances: row -> where it is
     "change from frame to frame": ("flicker", "generated"),
-    "flow loss (of one autoencoder)": ("flow_loss",),
+    FLOW_LOSS: ("flow_loss",),
     "autoencoder PSNR, dB": ("reconstruction", "psnr_db"),
     "autoencoder SSIM": ("reconstruction", "ssim"),
     "autoencoder excess flicker": ("reconstruction", "excess_flicker"),
+    "autoencoder change error": ("reconstruction", "change_error"),
     "autoencoder latent flicker": ("reconstruction", "latent_flicker"),
 }
 
@@ -190,6 +194,17 @@ def correlation(one: Result, reference: Result, item: str) -> float | None:
     return float(np.asarray(np.corrcoef(pairs.T))[0, 1])
 
 
+def incomparable(one: Result, reference: Result) -> str:
+    """Why the flow losses of two results have no difference, in place of it: their units differ, or may; else ""."""
+    for key, what in OF_FLOW_LOSS.items():
+        ours, theirs = (result["conditions"].get(key) for result in (one, reference))
+        if ours is None or theirs is None:
+            return f"{what} not said"
+        if ours != theirs:
+            return f"other {what}"
+    return ""
+
+
 def as_markdown(results: Mapping[str, Result]) -> str:
     """The table: a row for each item, a column for each result, and for each but the first its difference to the first.
 
@@ -219,7 +234,10 @@ def as_markdown(results: Mapping[str, Result]) -> str:
     for label, where in (far | SCALARS).items():
         values = {name: _at(result, where) for name, result in results.items()}
         if any(value is not None for value in values.values()):
-            apart = [_signed(values[name], values[first]) for name, _ in others]
+            apart = [
+                (label == FLOW_LOSS and incomparable(result, reference)) or _signed(values[name], values[first])
+                for name, result in others
+            ]
             rows.append([label, "", *("" if v is None else f"{v:.4g}" for v in values.values()), *apart])
     parts = ["\n".join("| " + " | ".join(line) + " |" for line in [titles, ["---"] * len(titles), *rows])]
     how = "paired over the same prompts" if paired else "paired where nothing else is said"

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax import traverse_util
 
 import stvdm
 from stvdm.data import kinetic_scene, kinetic_shapes
@@ -181,8 +182,9 @@ def measure(
     """What a model makes of the captions of held-out scenes: scores with all their conditions, and the clips.
 
     "conditions" of the report are the set of prompts and its digest, the world that it was drawn from, how many
-    samples, their seeds, length and size, how they were sampled, the digest of the model's weights, versions and
-    device: what must be equal for two results to be compared (`comparison`), but for the model. "scores" are those of
+    samples, their seeds, length and size, how they were sampled, the digests of the model's weights and of its
+    autoencoder's, versions and device: what must be equal for two results to be compared (`comparison`), but for the
+    model. "scores" are those of
     each clip, None where its prompt does not ask.
     """
     num = len(held.scenes)
@@ -211,6 +213,8 @@ def measure(
             "world": {name: list(v) if isinstance(v, tuple) else v for name, v in vars(held.world).items()},
             **result.settings,
             "clip_seeds": f"{held.seed} * 1000003 + index",
+            "autoencoder_sha256": digest_of({name: pipeline.params[name] for name in ("autoencoder", "statistics")}),
+            "flow_path": pipeline.settings["flow"]["path"],
             "loss_times": list(LOSS_TIMES),
             "versions": {"stvdm": stvdm.__version__, "jax": jax.__version__},
             "device": jax.devices()[0].device_kind,
@@ -330,6 +334,15 @@ def _velocity_error(
     return parts["velocity_mse"]
 
 
+def digest_of(params: Any) -> str:
+    """sha256 of the arrays of nested dicts, with their names."""
+    digest = hashlib.sha256()
+    for name, leaf in sorted(traverse_util.flatten_dict(params, sep="/").items()):
+        digest.update(f"{name} {leaf.dtype} {leaf.shape}".encode())
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
 def frame_change(videos: np.ndarray) -> float:
     """`metrics.flicker` of uint8 videos, in values of [-1, 1], averaged over clips."""
     return float(metrics.flicker(to_model_range(videos)).mean())
@@ -359,12 +372,13 @@ def table(columns: dict[str, dict[str, physics.Row]]) -> dict[str, Any]:
 
 
 def reconstruction(rebuilt: np.ndarray, real: np.ndarray) -> dict[str, float]:
-    """PSNR, SSIM and excess flicker of the autoencoder on these clips, in values of [-1, 1]."""
+    """PSNR, SSIM, excess flicker and error of change of the autoencoder on these clips, in values of [-1, 1]."""
     x, y = to_model_range(rebuilt), to_model_range(real)
     scores = {
         "psnr_db": metrics.psnr(x, y, data_range=2.0),
         "ssim": metrics.ssim(x, y, data_range=2.0),
         "excess_flicker": metrics.excess_flicker(x, y),
+        "change_error": metrics.change_error(x, y),
     }
     return {name: float(values.mean()) for name, values in scores.items()}
 
@@ -391,7 +405,7 @@ def as_text(report: dict[str, Any]) -> str:
     rebuilt = report["reconstruction"]
     lines.append(
         f"autoencoder: PSNR {rebuilt['psnr_db']:.2f} dB, SSIM {rebuilt['ssim']:.3f}, "
-        f"excess flicker {rebuilt['excess_flicker']:.4f}"
+        f"excess flicker {rebuilt['excess_flicker']:.4f}, change error {rebuilt['change_error']:.4f}"
     )
     lines.append("mean |frame-to-frame change|: " + ", ".join(f"{k} {v:.4f}" for k, v in report["flicker"].items()))
     for score, cells in report.get("distances", {}).items():

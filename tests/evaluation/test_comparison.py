@@ -21,6 +21,8 @@ CONDITIONS = {
     "width": 32,
     "clip_seeds": "0 * 1000003 + index",
     "model_sha256": "1234567890abcdef",
+    "autoencoder_sha256": "cc",
+    "flow_path": "rectified",
     "checkpoint": "bundled",
     "versions": {"stvdm": "0.1.0", "jax": "0.10.2"},
     "device": "cpu",
@@ -104,6 +106,24 @@ def test_a_table_of_two_models(written, capsys):
     assert "paired over the same prompts" in text and "Mixed" not in text
     assert "- frame: runs/frame, sha256 ffff" in text and "sha256 1234567890ab\n" in text
     assert "steps 25" in text
+
+
+@pytest.mark.parametrize(
+    ("conditions", "said"),
+    [
+        ({}, "-0.1"),
+        ({"autoencoder_sha256": "dd"}, "other autoencoder"),
+        ({"autoencoder_sha256": None}, "autoencoder not said"),
+        ({"flow_path": "cosine"}, "other path"),
+    ],
+)
+def test_flow_losses_of_other_units_have_no_difference(conditions, said):
+    one, other = result(np.ones(9), np.ones(9)), result(np.ones(9), np.ones(9), **conditions)
+    other["flow_loss"] = 0.4
+    assert list(comparison.differences({"one": one, "other": other})) == []
+    text = comparison.as_markdown({"one": one, "other": other})
+    assert f"| flow loss (of one autoencoder) |  | 0.5 | 0.4 | {said} |" in text
+    assert "| change from frame to frame |  | 0.04 | 0.04 | +0 |" in text
 
 
 def test_a_mixed_table_says_that_it_is(written):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from stvdm import checkpoint
+from stvdm.ablations import shelf
 from stvdm.data.kinetic_scene import render
 from stvdm.data.kinetic_shapes import World, sample_scene
 from stvdm.evaluation import comparison, physics, run
@@ -80,6 +81,8 @@ def test_results_say_when_their_prompts_differ(kinetic_model):
     assert list(comparison.differing(one["conditions"], again["conditions"])) == []
     keys = {line.partition("=")[0] for line in comparison.differing(one["conditions"], other["conditions"])}
     assert keys == {"prompts", "prompts_sha256", "clip_seeds"}
+    coder = {name: loaded.params[name] for name in ("autoencoder", "statistics")}
+    assert one["conditions"]["autoencoder_sha256"] == shelf.digest_of(coder)  # as cells of ablations keep it
     table = comparison.as_markdown({"one": one, "again": again})
     assert "unpaired" not in table and "| all_right | 2 |" in table
 
@@ -94,10 +97,12 @@ def test_an_item_that_real_clips_fail_is_not_reported():
     assert items["shape"] == {"not_reported": "real clips score 0.900, below 0.95"}
     assert items["colour"]["generated"]["mean"] == 1.0
     assert "occlusion" not in items  # no prompt asked for it
-    report = {"items": items, "reconstruction": dict(psnr_db=1, ssim=0, excess_flicker=0), "flicker": {}}
+    report = {"items": items, "reconstruction": dict(psnr_db=1, ssim=0, excess_flicker=0, change_error=0.5)}
+    report["flicker"] = {}
     text = run.as_text({**report, "all_right_by_things": {2: dict(mean=0.5, low=0.25, high=0.75, num=8)}})
     assert "of 2 things 0.500 [0.250, 0.750] (8)" in text
     assert "shape               not reported" in text
+    assert "change error 0.5000" in text
 
 
 def test_prompts_do_not_change_with_their_number():
@@ -112,6 +117,9 @@ def test_reconstruction_measures_what_they_say():
     assert same["ssim"] == pytest.approx(1, abs=1e-5)
     noisy = np.clip(video.astype(int) + 20 * (-1) ** np.arange(5)[None, :, None, None, None], 0, 255).astype(np.uint8)
     assert run.reconstruction(noisy, video)["psnr_db"] < 25
+    assert same["change_error"] == 0
+    there_and_back = 2 * 20 / 127.5  # what each change is off by, but where bytes end
+    assert 0.8 * there_and_back < run.reconstruction(noisy, video)["change_error"] < there_and_back
 
 
 def test_a_model_is_held_against_the_scenes_that_were_asked_for(kinetic_model):
