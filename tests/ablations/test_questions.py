@@ -56,6 +56,20 @@ def test_every_variant_of_every_size_is_a_config_that_can_run(name, variant, siz
     )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, variant", [one for one in VARIANTS if one[0] not in ("objective", "guidance", "average", "optimizer")]
+)
+def test_every_variant_is_a_network_that_can_be_made(name, variant, bases):
+    for run in cells.prepared(QUESTIONS[name], bases("tiny"), variant, seed=0):
+        coder = pipeline.autoencoder_of(run.autoencoder.model.to_dict())
+        run.dit.text.words = ("a", "red", "ball")
+        price = cost.training_flops(run.dit, coder)  # of the traced step, with its gradient
+        assert price > 1e8
+        clip = jnp.zeros((1, *run.autoencoder.data.buckets[0][:3], 3))
+        jax.eval_shape(coder.init, jax.random.key(0), clip)
+
+
 @pytest.mark.parametrize("name", QUESTIONS)
 def test_variants_differ(name, bases):
     found = bases("tiny")

@@ -133,7 +133,8 @@ def test_reports_that_are_kept_are_those_of_the_results_beside_them(path):
     found = results.read(path.parent)
     results.check(found)
     assert path.read_text() == report.as_markdown(questions.find(path.parents[1].name), found)
-    assert (path.parent / "curves.svg").exists()
+    drawn = (path.parent / "curves.svg").read_text()
+    assert {one["variant"] for one in found} <= set(re.findall(r">([^<>]+)</text>", drawn))
 
 
 def test_a_mean_curve_has_the_steps_that_all_seeds_have():
