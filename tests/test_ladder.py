@@ -69,10 +69,10 @@ LADDER = """
     interop.stablehlo
     interop.diffusers
     evaluation.result_file
-    evaluation.comparison
     evaluation.metrics
     evaluation.tracking
     evaluation.physics
+    evaluation.comparison
     evaluation.distributions
     evaluation.vbench
     evaluation.block_matching

@@ -93,9 +93,11 @@ def change_error(decoded_BTHWC: jax.Array, video_BTHWC: jax.Array) -> jax.Array:
 
         mean |d decoded - d video|,       d = difference of neighbouring frames
 
-    0 where every change is that of the reference. A change too many counts like one that is lacking, so that neither
-    blur nor freezing pleases it: a frozen clip scores the `flicker` of its reference. Cannot see: an error that all
-    frames have alike (a shift of colour, a blurred backdrop that stands still); look at PSNR beside it.
+    0 where every change is that of the reference. A change too many counts like one that is lacking, so that blur and
+    freezing make a faithful clip worse: a frozen one scores the `flicker` of its reference, which is what to hold a
+    score against, since noise on a ground that stands still may cost more than lost motion of something small. Cannot
+    see: an error that all frames have alike (a shift of colour, a blurred backdrop that stands still); look at PSNR
+    beside it.
 
     Raises:
       ValueError: for a clip of one frame.

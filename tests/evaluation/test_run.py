@@ -4,6 +4,7 @@
 import dataclasses
 import json
 
+import foreign
 import jax
 import numpy as np
 import pytest
@@ -62,7 +63,10 @@ def test_a_model_of_noise_is_told_apart_from_real_clips(kinetic_model, networks,
     assert far["reconstructed"] > 3 * abs(far["real"])
     assert covered["generated"] < covered["real"]
     assert len(written["conditions"]["kinetic_features_sha256"]) == 64
-    assert "kinetic_frechet: generated " in printed
+    assert "kinetic_frechet: generated " in printed and "reconstructed ones are copies" in printed
+    assert written["feature_widths"] == {"kinetic": 64, "videomae": foreign.VIDEOMAE["hidden_size"]}
+    for name, width in written["feature_widths"].items():
+        assert f"{name}_frechet: covariances of 5 clips in {width} features" in printed
     assert set(written["conditions"]["networks_sha256"]) == {"clip", "videomae"}
     assert set(written["distances"]["videomae_frechet"]) == {"generated", "reconstructed", "real"}
     assert "all_right" in printed and "clip_score  " in printed
@@ -71,6 +75,12 @@ def test_a_model_of_noise_is_told_apart_from_real_clips(kinetic_model, networks,
 def test_a_folder_without_networks_is_refused_before_anything_is_made(kinetic_model, tmp_path):
     with pytest.raises(ValueError, match=r"expected a folder with any of clip/"):
         run.main(kinetic_model, num=3, features=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["results.png", "results.gif", "results"])
+def test_a_result_that_its_clips_would_be_written_over_is_refused(name, tmp_path):
+    with pytest.raises(ValueError, match=rf"{name}: expected a name that ends in .json.*results.json"):
+        run.main(tmp_path / "no model", output=tmp_path / name)
 
 
 def test_results_say_when_their_prompts_differ(kinetic_model):
@@ -103,6 +113,16 @@ def test_an_item_that_real_clips_fail_is_not_reported():
     assert "of 2 things 0.500 [0.250, 0.750] (8)" in text
     assert "shape               not reported" in text
     assert "change error 0.5000" in text
+
+
+@pytest.mark.parametrize(("num", "lacking"), [(300, ["i3d"]), (64, ["kinetic", "i3d"]), (401, [])])
+def test_a_distance_of_fewer_clips_than_features_says_so(num, lacking):
+    report = {"items": {}, "all_right_by_things": {}, "flicker": {}, "conditions": {"num": num}}
+    report["reconstruction"] = dict(psnr_db=1, ssim=0, excess_flicker=0, change_error=0.5)
+    far = {"distances": {"i3d_frechet": {"generated": 3.0}}, "feature_widths": {"kinetic": 64, "i3d": 400}}
+    text = run.as_text(report | far)
+    assert [name for name in ("kinetic", "i3d") if f"{name}_frechet: covariances of {num} clips" in text] == lacking
+    assert ("say little" in text) == (num < 100)
 
 
 def test_prompts_do_not_change_with_their_number():
