@@ -30,7 +30,7 @@ from stvdm.ablations import cost, results
 from stvdm.ablations import shelf as shelves
 from stvdm.ablations.edits import Run, Stage
 from stvdm.ablations.questions import Question, Sampling
-from stvdm.ablations.shelf import SEED, WITHOUT_EFFECT, Say, agreed, digest_of, made_once, sources, under, versions
+from stvdm.ablations.shelf import SEED, WITHOUT_EFFECT, Say, agreed, made_once, sources, under, versions
 from stvdm.data.kinetic_shapes import World
 from stvdm.data.video import contact_sheet
 from stvdm.evaluation import agreement
@@ -162,7 +162,7 @@ def run_cell(
         curves["held-out PSNR of the autoencoder, dB"] = curve(records, "eval/psnr")
         seconds["autoencoder"] = seconds_of(records)
     params, description = train_dit.load_autoencoder(runs[0].dit.autoencoder)
-    coder, digest = pipeline.autoencoder_of(description["autoencoder"]), digest_of(params)
+    coder, digest = pipeline.autoencoder_of(description["autoencoder"]), evaluation.digest_of(params)
 
     # Budget.
     def price(config: ConfigDict) -> float:
@@ -333,7 +333,7 @@ def conditions(question: Question, bases: Run, *, size: str, num: int, batch: in
     }
     if question.trains_autoencoder:
         return {**found, **of_config(bases.autoencoder, "autoencoder")}
-    return {**found, "autoencoder_sha256": digest_of(train_dit.load_autoencoder(bases.dit.autoencoder)[0])}
+    return {**found, "autoencoder_sha256": evaluation.digest_of(train_dit.load_autoencoder(bases.dit.autoencoder)[0])}
 
 
 def edit_of(bases: Run, runs: Sequence[Run], *, with_autoencoder: bool) -> dict[str, Any]:

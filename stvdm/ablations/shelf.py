@@ -25,7 +25,6 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from flax import traverse_util
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
@@ -176,15 +175,6 @@ def sources() -> str:
     for path in sorted(root.rglob("*.py")):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
-
-
-def digest_of(params: Any) -> str:
-    """sha256 of the arrays of nested dicts: of an autoencoder alone, where its file holds a transformer too."""
-    digest = hashlib.sha256()
-    for name, leaf in sorted(traverse_util.flatten_dict(params, sep="/").items()):
-        digest.update(f"{name} {leaf.dtype} {leaf.shape}".encode())
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()
 
 
 def short_digest(*parts: Any) -> str:

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from stvdm import checkpoint
-from stvdm.ablations import shelf
 from stvdm.data.kinetic_scene import render
 from stvdm.data.kinetic_shapes import World, sample_scene
 from stvdm.evaluation import comparison, physics, run
@@ -92,7 +91,7 @@ def test_results_say_when_their_prompts_differ(kinetic_model):
     keys = {line.partition("=")[0] for line in comparison.differing(one["conditions"], other["conditions"])}
     assert keys == {"prompts", "prompts_sha256", "clip_seeds"}
     coder = {name: loaded.params[name] for name in ("autoencoder", "statistics")}
-    assert one["conditions"]["autoencoder_sha256"] == shelf.digest_of(coder)  # as cells of ablations keep it
+    assert one["conditions"]["autoencoder_sha256"] == run.digest_of(coder)
     table = comparison.as_markdown({"one": one, "again": again})
     assert "unpaired" not in table and "| all_right | 2 |" in table
 
@@ -173,3 +172,11 @@ def test_the_loss_of_a_model_that_says_nothing_is_that_of_the_noise(kinetic_mode
     assert loss == pytest.approx(1 + np.square(latents).mean(), rel=0.1)  # (noise - data)², of independent two
     assert run.flow_loss(silent, latents, prompts, batch=2) == pytest.approx(loss, rel=1e-4)
     assert run.flow_loss(silent, latents, prompts, batch=5, seed=1) != pytest.approx(loss, rel=1e-4)
+
+
+def test_weights_are_told_apart_by_value():
+    params = {"a": {"b": np.zeros(3, np.float32)}}
+    digest = run.digest_of(params)
+    assert digest == run.digest_of({"a": {"b": np.zeros(3, np.float32)}})
+    params["a"]["b"][1] = 1e-6
+    assert digest != run.digest_of(params)
