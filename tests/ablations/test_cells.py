@@ -5,7 +5,6 @@ import dataclasses
 import json
 
 import jax
-import numpy as np
 import pytest
 
 from stvdm import checkpoint, sharding
