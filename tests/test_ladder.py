@@ -67,10 +67,10 @@ LADDER = """
     interop.wan_model
     interop.stablehlo
     evaluation.result_file
-    evaluation.comparison
     evaluation.metrics
     evaluation.tracking
     evaluation.physics
+    evaluation.comparison
     evaluation.distributions
     evaluation.vbench
     evaluation.block_matching

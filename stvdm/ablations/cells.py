@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import shlex
 import sys
 import time
@@ -29,10 +30,12 @@ from stvdm.ablations import cost, results
 from stvdm.ablations import shelf as shelves
 from stvdm.ablations.edits import Run, Stage
 from stvdm.ablations.questions import Question, Sampling
-from stvdm.ablations.shelf import SEED, WITHOUT_EFFECT, Say, agreed, digest_of, made_once, under, versions
+from stvdm.ablations.shelf import SEED, WITHOUT_EFFECT, Say, agreed, made_once, sources, under, versions
 from stvdm.data.kinetic_shapes import World
 from stvdm.data.video import contact_sheet
+from stvdm.evaluation import agreement
 from stvdm.evaluation import run as evaluation
+from stvdm.models import video_features
 from stvdm.sampling import pipeline
 from stvdm.sampling.pipeline import Pipeline
 from stvdm.train import autoencoder as train_autoencoder
@@ -66,13 +69,17 @@ def main(
       workdir: of trainings and latents.
       folder: of the results of all questions.
       mixed: whether results may be there that were made under other conditions.
-      options: words to repeat in the command that a result names.
+      options: words to repeat in the command that a result names. Without any, results that are all there are taken
+        as they are, whatever versions, device and defaults made them.
 
     Raises:
       ValueError: for an unknown cell, or results under other conditions.
     """
     target = epath.Path(folder) / question.name / size
     wanted = [parse(question, cell)] if cell else grid(question, num_seeds)
+    if not options and all(agreed(results.file_of(target, *one).exists()) for one in wanted):
+        say(f"{question.name}: all results are in {target}; with another --results=DIR they are made anew")
+        return target
     expected = conditions(question, bases, size=size, num=num, batch=batch)
     if not mixed:
         results.check(results.read(target), expected=expected)
@@ -90,7 +97,7 @@ def main(
         )
         words = ["stvdm", "ablate", question.name, f"--size={size}", f"--cell={variant}:{seed}", *options]
         if jax.process_index() == 0:
-            result = {"question": question.name, "size": size, "variant": variant, "seed": seed}
+            result = {"question": question.name, "size": size, "variant": variant, "seed": seed, "sources": sources()}
             results.write(target, {**result, **measured, "conditions": expected, "command": shlex.join(words)})
             if sheet is not None and seed == 0:
                 (target / f"{variant}.png").write_bytes(sheet)
@@ -155,7 +162,7 @@ def run_cell(
         curves["held-out PSNR of the autoencoder, dB"] = curve(records, "eval/psnr")
         seconds["autoencoder"] = seconds_of(records)
     params, description = train_dit.load_autoencoder(runs[0].dit.autoencoder)
-    coder, digest = pipeline.autoencoder_of(description["autoencoder"]), digest_of(params)
+    coder, digest = pipeline.autoencoder_of(description["autoencoder"]), evaluation.digest_of(params)
 
     # Budget.
     def price(config: ConfigDict) -> float:
@@ -211,6 +218,7 @@ def run_cell(
         "tokens": int(np.prod(cost.grid_of(last, coder, loaded.default_shape))),
         "flops_per_step": sum(run.dit.total_steps * each for run, each in zip(runs, flops, strict=True)) / done,
         "steps": done,
+        "machine": f"{_cores()} of {agreement.machine()}",
     }
     measured["model_sha256"] = loaded.digest
     began = time.monotonic()
@@ -287,7 +295,7 @@ def scores_of(report: Mapping[str, Any]) -> dict[str, Any]:
 
     Scores are the items of `physics`, and: frame_change, the mean change from frame to frame in values of [-1, 1];
     flow_loss; kinetic_frechet, kinetic_kernel, kinetic_precision, kinetic_recall (there "real" are other real clips);
-    and of the autoencoder psnr_db, ssim, excess_flicker and latent_flicker.
+    and of the autoencoder psnr_db, ssim, change_error, excess_flicker and latent_flicker.
     """
     columns: dict[str, dict[str, float]] = {name: {} for name in ("generated", "reconstructed", "real", "chance")}
     hidden = {}
@@ -316,6 +324,8 @@ def conditions(question: Question, bases: Run, *, size: str, num: int, batch: in
         "budget": question.budget,
         "evaluation.prompts": f"kinetic shapes, test split, seed {SEED}, {num} scenes",
         "evaluation.batch": batch,
+        "evaluation.loss_times": list(evaluation.LOSS_TIMES),
+        "evaluation.kinetic_features_sha256": video_features.bundled().digest,
         **{f"versions.{name}": version for name, version in versions().items()},
         "device": jax.devices()[0].device_kind,
         **{f"samplings.{name}": dataclasses.asdict(sampling) for name, sampling in question.samplings.items()},
@@ -323,7 +333,7 @@ def conditions(question: Question, bases: Run, *, size: str, num: int, batch: in
     }
     if question.trains_autoencoder:
         return {**found, **of_config(bases.autoencoder, "autoencoder")}
-    return {**found, "autoencoder_sha256": digest_of(train_dit.load_autoencoder(bases.dit.autoencoder)[0])}
+    return {**found, "autoencoder_sha256": evaluation.digest_of(train_dit.load_autoencoder(bases.dit.autoencoder)[0])}
 
 
 def edit_of(bases: Run, runs: Sequence[Run], *, with_autoencoder: bool) -> dict[str, Any]:
@@ -347,6 +357,11 @@ def of_config(config: ConfigDict, prefix: str) -> dict[str, Any]:
 
 
 # --- what it cost ----------------------------------------------------------------------------------------------------
+
+
+def _cores() -> int:
+    """That this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def size_of(params: Any) -> int:

@@ -70,6 +70,14 @@ def predict(prediction: str, times: str) -> Edit:
     return edit
 
 
+def first_frame_apart(run: Run) -> None:
+    """As it is, with so many fewer channels that a clip has about as many latent values as `frame_by_frame`."""
+    model, ((T, *_), *_) = run.autoencoder.model, run.autoencoder.data.buckets
+    temporal = 2 ** sum(model.temporal_down)
+    values_a_place = T * max(1, model.latent_channels // temporal)
+    model.latent_channels = round(values_a_place / (1 + (T - 1) / temporal))
+
+
 def in_equal_groups(run: Run) -> None:
     """Time in equal groups, with no first frame apart; clips are a frame shorter, so that they divide."""
     run.autoencoder.model.grouping = "uniform"

@@ -40,7 +40,10 @@ def write(question: Question, folder: epath.PathLike, *, mixed: bool = False) ->
     target = epath.Path(folder)
     found = records.read(target)
     if not found:
-        raise ValueError(f"{target}: no results, expected at least one, so run `stvdm ablate {question.name}` first")
+        place = f"--size={target.name} --results={target.parents[1]}"
+        raise ValueError(
+            f"{target}: no results, expected at least one, so run `stvdm ablate {question.name} {place}` first"
+        )
     if not mixed:
         records.check(found)
     sheets = [variant for variant in question.variants if (target / f"{variant}.png").exists()]
@@ -61,7 +64,8 @@ def as_markdown(question: Question, found: Sequence[Result], *, sheets: Sequence
         *_verdicts(verdicts.judge_all(question, found)),
         "## Scores",
         "Mean over seeds, with Student's 95 % interval. Real clips are the ceiling of the instrument, and what comes "
-        "through the autoencoder that of the model; chance is what real clips of other prompts score.",
+        "through the autoencoder that of the model; chance is what real clips of other prompts score. Kinetic "
+        "distances are from real clips, and the autoencoder's are of the same clips; *real clips* are others there.",
         _table(question, found),
         *_hidden(question, found),
         "## Cost",
@@ -82,7 +86,7 @@ def as_markdown(question: Question, found: Sequence[Result], *, sheets: Sequence
     parts += [
         "## Commands",
         f"```bash\n{again}\n{shlex.join(words)} --report\n```",
-        "Each cell alone:",
+        "Results that are there are not made again, so give `--results=DIR` in a clone, which has these. Cell by cell:",
         "```bash\n" + "\n".join(one["command"] for one in found) + "\n```",
         "## Conditions",
         *_conditions(found),
@@ -124,7 +128,8 @@ def _verdicts(found: Sequence[Verdict]) -> Iterator[str]:
     yield _markdown_table(["", "claim", "rule", "difference", ""], rows)
     yield (
         "Decided by the 95 % interval (Welch) of the difference over seeds, as written in "
-        "`stvdm/ablations/questions.py` before the grid was run: confirmed or refuted where it leaves 0 on one side."
+        "`stvdm/ablations/questions.py` before the grid was run: confirmed or refuted where it leaves 0 on one side, "
+        "and what is ahead is above chance by its own interval."
     )
 
 
@@ -189,7 +194,13 @@ def _budget(question: Question, found: Sequence[Result]) -> str:
     if not values:
         return f"Held equal: {unit}."
     spread = max(values) / min(values) - 1
-    return f"Held equal: {unit}, {_short(min(values))}" + (f", to {100 * spread:.1g} %." if spread > 1e-3 else ".")
+    sizes = {_parameters(cost) for cost in costs}
+    too = "; the parameters are equal, too" if question.budget != "parameters" and len(sizes) == 1 else ""
+    return (
+        f"Held equal: {unit}, {_short(min(values))}"
+        + (f", to {100 * spread:.1g} %" if spread > 1e-3 else "")
+        + f"{too}."
+    )
 
 
 def _costs(question: Question, found: Sequence[Result]) -> str:
@@ -207,10 +218,12 @@ def _costs(question: Question, found: Sequence[Result]) -> str:
                     str(first["steps"]),
                     _short(flops),
                     _short(flops * first["steps"]),
-                    f"{statistics.fmean(map(_minutes, cells)):.1f}",
+                    f"{statistics.median(map(_minutes, cells)):.1f}",
                 ]
             )
-    titles = ["", "parameters", "tokens", "steps", "FLOPs a step", "FLOPs of training", "minutes a cell"]
+            if question.trains_autoencoder:
+                rows[-1][1] += f" + {_short(first['parameters']['autoencoder'])}"
+    titles = ["", "parameters", "tokens", "steps", "FLOPs a step", "FLOPs of training", "minutes a cell (median)"]
     return _markdown_table(titles, rows)
 
 
@@ -224,6 +237,10 @@ def _conditions(found: Sequence[Result]) -> Iterator[str]:
         + f"; {shared['evaluation.prompts']}, the same prompts and noise in every cell. {total:.1f} hours in all, "
         "with a training that several cells share counted in each. All keys are in the results beside this report."
     )
+    if machines := {one["cost"].get("machine") for one in found} - {None}:
+        yield f"On {' or '.join(sorted(machines))}."
+    if (codes := {one.get("sources") for one in found}) and len(codes) > 1:
+        yield f"Made by {len(codes)} states of the package's code; each result names its own (`sources`)."
     different = list(records.differences(found))
     if different:
         yield "**Mixed**: these results were made under other conditions than most, and do not compare with them:"
@@ -270,7 +287,7 @@ def _listed(question: Question, sizes: Mapping[str, Sequence[Result]], prices: s
     yield f"  equal  {question.budget}"
     for size, found in sizes.items():
         seeds = len({one["seed"] for one in found})
-        spent = f"{statistics.fmean(map(_minutes, found)):.1f} minutes a cell on {_devices(found)}"
+        spent = f"{statistics.median(map(_minutes, found)):.1f} minutes a cell (median) on {_devices(found)}"
         yield f"  {size:6} {len(found)} cells of {seeds} seeds, {spent}"
         if different := list(records.differences(found)):
             yield "         refused as a table, for the conditions differ: " + " | ".join(different)

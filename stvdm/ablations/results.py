@@ -8,6 +8,8 @@ A result holds the scores, what they cost, the command, and two groups of keys t
     conditions    equal in all cells of a grid: the base config, prompts, ways of sampling, versions, device
     edit          what the variant changed, equal in all cells of the variant
 
+Beside them stand "sources", a digest of the code that made it, and in its cost the machine: told, but not compared.
+
 A config key that is not among the conditions had not been invented, and has its default.
 
 Files are written whole or not at all.
@@ -59,7 +61,10 @@ def check(results: Sequence[Result], *, expected: Mapping[str, Any] | None = Non
     Raises:
       ValueError: naming each file that differs, and in which keys.
     """
-    comparison.refuse(differences(results, expected=expected), "delete those files and run their cells again")
+    comparison.refuse(
+        differences(results, expected=expected),
+        "put the grid elsewhere, with --results=DIR, or delete those files and run their cells again",
+    )
 
 
 def differences(results: Sequence[Result], *, expected: Mapping[str, Any] | None = None) -> Iterator[str]:

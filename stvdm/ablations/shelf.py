@@ -6,7 +6,8 @@
     latents-DIGEST/     of the autoencoder's weights, the rendered world, the clips' shapes
 
 However many cells, questions or ways of sampling use it: it is made by one job at a time, and goes on where it stopped.
-Code is not in the digest: after a change of a model or a trainer, delete the shelf.
+Code is not in their digests (`sources` is of it, and results name that): after a change of a model or a trainer, delete
+the shelf.
 
     made = made_once(train_dit.main, config, shelf, [digest], say)
 """
@@ -14,15 +15,16 @@ Code is not in the digest: after a change of a model or a trainer, delete the sh
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
+import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
-from flax import traverse_util
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
@@ -165,13 +167,14 @@ def versions() -> dict[str, str]:
     return {"stvdm": stvdm.__version__, "jax": jax.__version__}
 
 
-def digest_of(params: Any) -> str:
-    """sha256 of the arrays of nested dicts: of an autoencoder alone, where its file holds a transformer too."""
+@functools.cache
+def sources() -> str:
+    """Digest of the package's code: it is no condition, but tells which results were made by which."""
     digest = hashlib.sha256()
-    for name, leaf in sorted(traverse_util.flatten_dict(params, sep="/").items()):
-        digest.update(f"{name} {leaf.dtype} {leaf.shape}".encode())
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()
+    root = pathlib.Path(stvdm.__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def short_digest(*parts: Any) -> str:

@@ -7,8 +7,11 @@
 
 t is the 97.5 % quantile, so that the interval is of 95 %. A claim is *confirmed* where the interval of its difference
 lies wholly on the side that it names, *refuted* where it lies wholly on the other, and *undecided* else, or where a
-variant has fewer than two seeds. A training that diverged has no scores: a claim with one of those is undecided, unless
-the worse variant diverged with every seed and the better with none (confirmed), or the reverse (refuted).
+variant has fewer than two seeds. It is undecided too where the one that came out ahead is itself at *chance*: where its
+own interval holds, or lies beyond, what real clips of other prompts score. Such trainings were too short to tell.
+
+A training that diverged has no scores: a claim with one of those is undecided, unless the worse variant diverged with
+every seed and the better with none (confirmed), or the reverse (refuted).
 
 Seeds are of training; prompts and noise are the same for all cells. Claims are judged one by one: of twenty true
 "no difference" one is decided by chance.
@@ -112,25 +115,27 @@ def judge(question: Question, claim: Claim, results: Sequence[Result]) -> Verdic
         ]
         reason = next((why for why in hidden if why), f"{len(a)} and {len(b)} seeds, and an interval takes two of each")
         return Verdict(claim, "undecided", None, reason)
-    above, below = found.low > 0, found.high < 0
-    confirmed, refuted = (above, below) if claim.higher else (below, above)
-    outcome: Literal["confirmed", "refuted", "undecided"] = "undecided"
-    if confirmed or refuted:
-        outcome = "confirmed" if confirmed else "refuted"
-    return Verdict(claim, outcome, found, "" if confirmed or refuted else "the interval holds 0")
+    if found.low <= 0 <= found.high:
+        return Verdict(claim, "undecided", found, "the interval holds 0")
+    confirmed = (found.low > 0) == claim.higher
+    ahead, values = (claim.better, a) if confirmed else (claim.worse, b)
+    chance, reached = chance_of(question, results, ahead, claim.score), over_seeds(values)
+    if chance is not None and not (reached.low > chance if claim.higher else reached.high < chance):
+        return Verdict(claim, "undecided", found, f"{ahead} is at chance: {reached}, where chance is {chance:.3g}")
+    return Verdict(claim, "confirmed" if confirmed else "refuted", found, "")
+
+
+def chance_of(question: Question, results: Sequence[Result], name: str, score: str) -> float | None:
+    """What real clips of other prompts score where "variant@sampling" is sampled; None of what no prompt asks for."""
+    variant, sampling = question.split(name)
+    ours = [one["samplings"] for one in results if one["variant"] == variant]
+    sides = [samplings[sampling]["references"]["chance"] for samplings in ours if sampling in samplings]
+    values = [side[score] for side in sides if score in side]
+    return float(np.mean(values)) if values else None
 
 
 def judge_all(question: Question, results: Sequence[Result]) -> list[Verdict]:
     return [judge(question, claim, results) for claim in question.claims]
-
-
-def in_short(verdicts: Sequence[Verdict]) -> str:
-    """How many claims came out how: "2 confirmed, 1 undecided"."""
-    counts = {
-        outcome: sum(verdict.outcome == outcome for verdict in verdicts)
-        for outcome in ("confirmed", "refuted", "undecided")
-    }
-    return ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count)
 
 
 def _names(claim: Claim) -> tuple[str, str]:

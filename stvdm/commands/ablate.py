@@ -49,8 +49,11 @@ def run(args: argparse.Namespace) -> None:
     from stvdm.ablations import report
 
     if args.list:
+        _refuse_without_effect(args, "--list", name=None, size="tiny", report=False)
         print(report.listing(args.results))
         return
+    if args.report:
+        _refuse_without_effect(args, "--report, which runs nothing")
     from stvdm.ablations import questions
 
     if not args.name:
@@ -92,3 +95,10 @@ def run(args: argparse.Namespace) -> None:
         print(folder)
     else:
         print(report.write(question, folder, mixed=args.mixed))
+
+
+def _refuse_without_effect(args: argparse.Namespace, beside: str, **further: Any) -> None:
+    usual = {"seeds": 3, "cell": None, "num": 256, "batch": 32, "workdir": "runs/ablations", **further}
+    given = [f"--{name}={getattr(args, name)}" for name, value in usual.items() if getattr(args, name) != value]
+    if given := [*given, *args.overrides]:
+        raise ValueError(f"{' '.join(given)}: without effect beside {beside}, so leave it out")

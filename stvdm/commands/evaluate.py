@@ -3,6 +3,7 @@
 
 import argparse
 import shlex
+from pathlib import Path
 from typing import Any
 
 from stvdm.commands import parts
@@ -39,8 +40,8 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--output",
         metavar="PATH",
-        help="default: results.json; with --damage a folder, default: outputs/damage; with --compare a file for the "
-        "table, default: none",
+        help="a .json, beside which clips go, default: results.json; with --damage a folder, default: outputs/damage; "
+        "with --compare a file for the table, default: none",
     )
     parts.add_overwrite(command)
     command.add_argument(
@@ -61,6 +62,10 @@ def run(args: argparse.Namespace) -> None:
     output = args.output or ("" if args.compare else "outputs/damage" if args.damage else "results.json")
     if output:
         parts.refuse_existing(output, option="--output", overwrite=args.overwrite)
+    if not (args.compare or args.damage):
+        for suffix in (".png", ".gif"):  # the clips, beside the result
+            picture = str(Path(output).with_suffix(suffix))
+            parts.refuse_existing(picture, option=f"--output={output}: picture", overwrite=args.overwrite)
     if args.compare:
         from stvdm.evaluation import comparison
 

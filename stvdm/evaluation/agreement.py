@@ -129,7 +129,7 @@ def measure(
     found: dict[str, Any] = {
         one.name: {
             "reads": one.reads,
-            "higher_is_better": one.higher_is_better,
+            "better": one.better,
             "undamaged": _summary(one, base[one.name]),
             "damages": {},
             "controls": {},
@@ -254,9 +254,9 @@ def mark(expected: str, found: str) -> str:
 def _cell(instrument: Instrument, series: Sequence[np.ndarray], middle: int) -> dict[str, Any]:
     """The verdict and what it rests on, of an instrument's values at no damage and at each strength."""
     interval = over_groups if instrument.reads == "set" else over_clips
-    sign = -1.0 if instrument.higher_is_better else 1.0
-    worse = [interval(sign * (at - series[0])) for at in series[1:]]
-    steps = [interval(sign * (at - before)) for before, at in itertools.pairwise(series)]
+    faults = [instrument.fault(at) for at in series]
+    worse = [interval(at - faults[0]) for at in faults[1:]]
+    steps = [interval(at - before) for before, at in itertools.pairwise(faults)]
     fails = _fails(instrument, series[0])
     return {
         "verdict": "-" if fails else verdict(worse, steps, middle),
@@ -322,7 +322,7 @@ def as_markdown(result: Mapping[str, Any]) -> str:
             [
                 [
                     name,
-                    "higher" if one["higher_is_better"] else "lower",
+                    one["better"],
                     _number(one["undamaged"]["mean"])
                     + (f" ± {_number(one['undamaged']['deviation'])}" if "deviation" in one["undamaged"] else ""),
                     *(_middle(one["damages"].get(damage)) for damage in damages),

@@ -3,11 +3,12 @@
 
 A result says under "conditions" what it was made under: prompts, resolution, length, steps, guidance, seeds, how many
 samples, versions, device. What differs is named, file by file and key by key. `stvdm evaluate --compare` sets results
-of `stvdm evaluate` side by side, of which only the model may differ (its path and the digest of its weights), since
-that is what is compared; cells of ablations have a rule more (`stvdm.ablations.results`).
+of `stvdm evaluate` side by side, of which only the model may differ (where it lies, the digests of its weights and of
+its autoencoder's, its path from noise to data), since that is what is compared; cells of ablations have a rule more
+(`stvdm.ablations.results`).
 
     stvdm evaluate --compare one.json other.json
-    found = read(paths);  check(found);  print(as_markdown(found))
+    found = read(paths);  refuse(differences(found), "evaluate again");  print(as_markdown(found))
 
 A difference of two results has the interval that follows from those of the two (MOVER: Newcombe 1998, Stat. Med. 17:873
 and 17:2635; Zou & Donner 2008, https://doi.org/10.1002/sim.3095):
@@ -16,7 +17,8 @@ and 17:2635; Zou & Donner 2008, https://doi.org/10.1002/sim.3095):
     high = d + sqrt((u1 - m1)² + (m0 - l0)² - 2 r (u1 - m1) (m0 - l0))
 
 with r the correlation over the prompts of the two models' scores where they had the same prompts (*paired*), else 0. It
-is sound also where all clips are right, or none.
+is sound also where all clips are right, or none. Where a model was not judged on every clip, as it lost what was to be
+measured, means and correlation are over the clips that both were judged on.
 """
 
 from __future__ import annotations
@@ -32,18 +34,21 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from stvdm.evaluation import result_file
+from stvdm.evaluation import physics, result_file
 
 Result = dict[str, Any]
 Conditions = Mapping[str, Any]
 
-OF_THE_MODEL = ("checkpoint", "model_sha256")  # what is compared, and so may differ
+OF_FLOW_LOSS = {"autoencoder_sha256": "autoencoder", "flow_path": "path"}  # give it its unit
+OF_THE_MODEL = ("checkpoint", "model_sha256", *OF_FLOW_LOSS)  # what is compared, and so may differ
+FLOW_LOSS = "flow loss (of one autoencoder)"
 SCALARS = {  # of a result, without intervals, beside distances: row -> where it is
     "change from frame to frame": ("flicker", "generated"),
-    "flow loss (of one autoencoder)": ("flow_loss",),
+    FLOW_LOSS: ("flow_loss",),
     "autoencoder PSNR, dB": ("reconstruction", "psnr_db"),
     "autoencoder SSIM": ("reconstruction", "ssim"),
     "autoencoder excess flicker": ("reconstruction", "excess_flicker"),
+    "autoencoder change error": ("reconstruction", "change_error"),
     "autoencoder latent flicker": ("reconstruction", "latent_flicker"),
 }
 
@@ -175,19 +180,31 @@ def difference(
     return m1 - m0, m1 - m0 - reach(m1 - l1, u0 - m0), m1 - m0 + reach(u1 - m1, m0 - l0)
 
 
-def correlation(one: Result, reference: Result, item: str) -> float | None:
-    """Of the scores of two results over the prompts that both judged; None if they had not the same prompts.
-
-    0 where one of the two scores all clips alike.
-    """
+def pairs_of(one: Result, reference: Result, item: str) -> np.ndarray | None:
+    """(n, 2): scores of two results on the clips that both were judged on; None if they had not the same prompts."""
     same = [result["conditions"].get("prompts_sha256") for result in (one, reference)]
     scores = [result.get("scores", {}).get(item) for result in (one, reference)]
     if None in (*same, *scores) or same[0] != same[1]:
         return None
-    pairs = np.asarray([pair for pair in zip(*scores, strict=True) if None not in pair], np.float64).reshape(-1, 2)
+    return np.asarray([pair for pair in zip(*scores, strict=True) if None not in pair], np.float64).reshape(-1, 2)
+
+
+def correlation(pairs: np.ndarray) -> float:
+    """Of the columns of (n, 2) scores; 0 of fewer than 3, and where one of the two scores all clips alike."""
     if len(pairs) < 3 or (pairs == pairs[0]).all(axis=0).any():
         return 0.0
     return float(np.asarray(np.corrcoef(pairs.T))[0, 1])
+
+
+def incomparable(one: Result, reference: Result) -> str:
+    """Why the flow losses of two results have no difference, in place of it: their units differ, or may; else ""."""
+    for key, what in OF_FLOW_LOSS.items():
+        ours, theirs = (result["conditions"].get(key) for result in (one, reference))
+        if ours is None or theirs is None:
+            return f"{what} not said"
+        if ours != theirs:
+            return f"other {what}"
+    return ""
 
 
 def as_markdown(results: Mapping[str, Result]) -> str:
@@ -198,34 +215,31 @@ def as_markdown(results: Mapping[str, Result]) -> str:
     (first, reference), *others = results.items()
     titles = ["", "clips", *results, *(f"{name} - {first}" for name, _ in others)]
     rows: list[list[str]] = []
-    paired = True
     for item in dict.fromkeys(item for result in results.values() for item in result["items"]):
         if not any({"generated", "not_reported"} & result["items"].get(item, {}).keys() for result in results.values()):
             continue  # what is said of reconstructed clips alone
         cells = {name: _generated(result, item) for name, result in results.items()}
         row = [item, _counts(cells.values()), *(_cell(results[name], item, cell) for name, cell in cells.items())]
-        for name, result in others:
-            ours, theirs = cells[name], cells[first]
-            if ours is None or theirs is None:
-                row.append("")
-                continue
-            together = correlation(result, reference, item)
-            paired &= together is not None
-            row.append(_apart(difference(ours, theirs, together or 0.0)) + " unpaired" * (together is None))
-        rows.append(row)
+        rows.append([*row, *(_between(result, reference, item) for _, result in others)])
+    compared = " ".join(text for row in rows for text in row[2 + len(results) :])
     far = {
         name: ("distances", name, "generated") for result in results.values() for name in result.get("distances", {})
     }
     for label, where in (far | SCALARS).items():
         values = {name: _at(result, where) for name, result in results.items()}
         if any(value is not None for value in values.values()):
-            apart = [_signed(values[name], values[first]) for name, _ in others]
+            apart = [
+                (label == FLOW_LOSS and incomparable(result, reference)) or _signed(values[name], values[first])
+                for name, result in others
+            ]
             rows.append([label, "", *("" if v is None else f"{v:.4g}" for v in values.values()), *apart])
     parts = ["\n".join("| " + " | ".join(line) + " |" for line in [titles, ["---"] * len(titles), *rows])]
-    how = "paired over the same prompts" if paired else "paired where nothing else is said"
+    some = " *Of n*: over the n clips that both were judged on." if "*of " in compared else ""
+    how = "paired where nothing else is said" if "unpaired" in compared else "paired over the same prompts"
     parts.append(
         f"Means of generated clips with 95 % intervals; differences to {first}, {how}, in bold where the interval "
         "leaves 0 outside. One training each: what another seed of training would change is not in these intervals."
+        + some
     )
     lines = list(differences(results))
     if lines:
@@ -283,6 +297,21 @@ def _cell(result: Result, item: str, cell: Mapping[str, float] | None) -> str:
     if cell is None:
         return "not reported" if "not_reported" in result["items"].get(item, {}) else "-"
     return f"{cell['mean']:.3f} [{cell['low']:.3f}, {cell['high']:.3f}]"
+
+
+def _between(one: Result, reference: Result, item: str) -> str:
+    ours, theirs = (_generated(result, item) for result in (one, reference))
+    if ours is None or theirs is None:
+        return ""
+    pairs = pairs_of(one, reference, item)
+    if pairs is None:
+        return f"{_apart(difference(ours, theirs))} unpaired"
+    some = len(pairs) < max(ours["num"], theirs["num"])
+    if len(pairs) == 0:
+        return "no clip that both were judged on"
+    if some:
+        ours, theirs = (physics.row(scores)._asdict() for scores in pairs.T)
+    return _apart(difference(ours, theirs, correlation(pairs))) + f" *of {len(pairs)}*" * some
 
 
 def _apart(found: tuple[float, float, float]) -> str:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every metric that judges clips without a giant network, each with what it is said to see: for `agreement`.
 
-    of a clip and the one it was made from    psnr, ssim, excess_flicker
+    of a clip and the one it was made from    psnr, ssim, excess_flicker, change_error
     of a clip alone                           frame_change; VBench's dimensions; the tracked physics
     of a set and a set of real clips          Frechet and kernel distance, precision, recall; for each row of FEATURES
 
@@ -44,18 +44,22 @@ class Instrument(NamedTuple):
     """A metric, and what is expected of it; fixed before anything was measured.
 
     sees: damages that it is there to see, or is in use to see. blind: those that it cannot or should not react to.
-    Of the rest nothing is expected.
+    Of the rest nothing is expected. better: which of two values is the better one; "nearer 0" has faults on both sides.
     """
 
     name: str
     reads: Literal["pair", "clip", "set"]
-    higher_is_better: bool
+    better: Literal["higher", "lower", "nearer 0"]
     sees: tuple[str, ...] = ()
     blind: tuple[str, ...] = ()
 
     def expected(self, damage: str) -> str:
         """ "sees", "blind" or "": of one damage."""
         return "sees" if damage in self.sees else "blind" if damage in self.blind else ""
+
+    def fault(self, values: np.ndarray) -> np.ndarray:
+        """The values turned so that more is worse."""
+        return {"higher": np.negative, "lower": np.positive, "nearer 0": np.abs}[self.better](values)
 
 
 class Features(NamedTuple):
@@ -156,30 +160,35 @@ def instruments(features: Sequence[Features] = FEATURES) -> tuple[Instrument, ..
     backwards = ("time_reversal",)
     ssim_sees = ("identity_swap", "vanishing", "teleport", "time_reversal", "blur", "freeze")
     return (
-        Instrument("psnr", "pair", True, _EVERYTHING),
-        Instrument("ssim", "pair", True, ssim_sees),
-        Instrument("excess_flicker", "pair", False, ("flicker",), backwards),
-        Instrument("frame_change", "clip", False, ("flicker",), backwards),
-        Instrument("temporal_flickering", "clip", True, ("flicker",), backwards),
-        Instrument("motion_smoothness", "clip", True, ("flicker", "identity_swap", "vanishing", "teleport"), backwards),
-        Instrument("dynamic_degree", "clip", True, ("freeze",), ("flicker", "time_reversal", "blur", "colour_drift")),
+        Instrument("psnr", "pair", "higher", _EVERYTHING),
+        Instrument("ssim", "pair", "higher", ssim_sees),
+        Instrument("excess_flicker", "pair", "nearer 0", ("flicker",), backwards),
+        Instrument("change_error", "pair", "lower", _EVERYTHING),
+        Instrument("frame_change", "clip", "lower", ("flicker",), backwards),
+        Instrument("temporal_flickering", "clip", "higher", ("flicker",), backwards),
+        Instrument(
+            "motion_smoothness", "clip", "higher", ("flicker", "identity_swap", "vanishing", "teleport"), backwards
+        ),
+        Instrument(
+            "dynamic_degree", "clip", "higher", ("freeze",), ("flicker", "time_reversal", "blur", "colour_drift")
+        ),
         *(
-            Instrument(f"{row.stands_in} ({row.name})", "clip", True, _CONSISTENT[row.stands_in], backwards)
+            Instrument(f"{row.stands_in} ({row.name})", "clip", "higher", _CONSISTENT[row.stands_in], backwards)
             for row in features
             if row.stands_in
         ),
         *(
-            Instrument(f"physics {item}", "clip", item not in _LOWER_IS_BETTER, *_PHYSICS[item])
+            Instrument(f"physics {item}", "clip", "lower" if item in _LOWER_IS_BETTER else "higher", *_PHYSICS[item])
             for item in physics.ITEMS
         ),
         *(
             instrument
             for row in features
             for instrument in (
-                Instrument(f"frechet ({row.name})", "set", False, row.sees, row.blind),
-                Instrument(f"kernel ({row.name})", "set", False, row.sees, row.blind),
-                Instrument(f"precision ({row.name})", "set", True, row.sees, row.blind),
-                Instrument(f"recall ({row.name})", "set", True),
+                Instrument(f"frechet ({row.name})", "set", "lower", row.sees, row.blind),
+                Instrument(f"kernel ({row.name})", "set", "lower", row.sees, row.blind),
+                Instrument(f"precision ({row.name})", "set", "higher", row.sees, row.blind),
+                Instrument(f"recall ({row.name})", "set", "higher"),
             )
         ),
     )
@@ -214,12 +223,13 @@ def distances(made_ND: np.ndarray, real_MD: np.ndarray) -> dict[str, float]:
 
 
 def _of_pairs(clips: Clips) -> dict[str, np.ndarray]:
-    found: dict[str, list[np.ndarray]] = {"psnr": [], "ssim": [], "excess_flicker": []}
+    found: dict[str, list[np.ndarray]] = {"psnr": [], "ssim": [], "excess_flicker": [], "change_error": []}
     for start in range(0, len(clips.videos), 32):
         made, true = (jnp.asarray(x[start : start + 32], jnp.float32) for x in (clips.videos, clips.originals))
         found["psnr"].append(np.minimum(np.asarray(metrics.psnr(made, true, data_range=255.0)), PSNR_OF_EQUALS))
         found["ssim"].append(np.asarray(metrics.ssim(made, true, data_range=255.0)))
-        found["excess_flicker"].append(np.asarray(metrics.excess_flicker(made / 255, true / 255)))
+        for name in ("excess_flicker", "change_error"):
+            found[name].append(np.asarray(getattr(metrics, name)(made / 255, true / 255)))
     return {name: np.concatenate(parts) for name, parts in found.items()}
 
 

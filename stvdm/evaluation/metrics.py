@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Distances between clips, and how much a clip flickers: pure functions, one number for each clip of a batch.
 
-PSNR and SSIM compare a clip with the one it was made from. Flicker looks at one clip, or at two that should move alike.
+PSNR and SSIM compare a clip with the one it was made from; flicker looks at one clip, excess flicker and the error of
+change at two that should move alike.
 Each docstring says what its number cannot see.
 
     scores = {"psnr": psnr(decoded, video, data_range=2.0), "ssim": ssim(decoded, video, data_range=2.0)}
@@ -78,13 +79,30 @@ def excess_flicker(decoded_BTHWC: jax.Array, video_BTHWC: jax.Array) -> jax.Arra
         mean |d decoded|² - mean |d video|²,       d = difference of neighbouring frames
 
     True motion is in both and cancels: 0 for a faithful clip, 2 v for independent noise of variance v on each frame,
-    below 0 where motion was blurred away. Cannot see: flicker that takes the place of motion of the same energy; look
-    at PSNR beside it.
+    below 0 where motion was blurred away. Cannot see: flicker that takes the place of motion of the same energy, and
+    of what is above 0 and below it a mean over clips cancels; look at `change_error` beside it.
     """
     decoded, video = (
         jnp.mean(jnp.square(_differences(clip)), axis=(1, 2, 3, 4)) for clip in (decoded_BTHWC, video_BTHWC)
     )
     return decoded - video
+
+
+def change_error(decoded_BTHWC: jax.Array, video_BTHWC: jax.Array) -> jax.Array:
+    """Mean absolute error of the frame-to-frame change of a clip, in units of the values; (B,), at least 0.
+
+        mean |d decoded - d video|,       d = difference of neighbouring frames
+
+    0 where every change is that of the reference. A change too many counts like one that is lacking, so that blur and
+    freezing make a faithful clip worse: a frozen one scores the `flicker` of its reference, which is what to hold a
+    score against, since noise on a ground that stands still may cost more than lost motion of something small. Cannot
+    see: an error that all frames have alike (a shift of colour, a blurred backdrop that stands still); look at PSNR
+    beside it.
+
+    Raises:
+      ValueError: for a clip of one frame.
+    """
+    return jnp.mean(jnp.abs(_differences(decoded_BTHWC) - _differences(video_BTHWC)), axis=(1, 2, 3, 4))
 
 
 def latent_flicker(

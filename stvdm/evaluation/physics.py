@@ -15,6 +15,9 @@ not ask; a clip with several things is right when all of them are):
     residual     rms distance from the best fit of the prompted law, in frame heights (0 is best)
     flicker      mean second difference over time of the thing's radius, relative to it (0 is best)
 
+The last three cannot see a thing that is lost: it has none of them, and drops out of their means. So a model that draws
+only what is easy to follow may do well in them; look at shape and persistence, of which a lost thing has neither.
+
 A measurement is worth what its instrument is: an item on which real clips score below 0.95 is not reported
 (`evaluation.run` scores them beside every model, `validate_tracker` alone). From `scene` come the words alone (what,
 how many, where to), never its positions: a prompt leaves those free. Under a panning camera, motion is told relative to

@@ -4,7 +4,9 @@
 VBench (Huang et al. 2024, arXiv:2311.17982; definitions read from its published code, November 2026) takes features
 of DINO ViT-B/16 for subjects and of CLIP ViT-B/32 for backgrounds, optical flow of RAFT and in-between frames of
 AMT-S. With those networks a function here gives VBench's number of a clip; with others, a relative of it, which may be
-compared with itself alone. A dimension's score is the mean over clips. Frames are bytes, 0 to 255.
+compared with itself alone. A dimension's score is the mean over clips; VBench takes that of the two consistencies over
+all pairs of frames of all clips, so that a long clip counts for more (subjects', where its processes are several, over
+clips). Frames are bytes, 0 to 255.
 """
 
 from __future__ import annotations
@@ -56,7 +58,8 @@ def motion_smoothness(video_THWC: np.ndarray, between: Callable[[np.ndarray, np.
 
     Args:
       video_THWC: frames as bytes.
-      between: (frame_HWC, frame_HWC) -> the frame halfway between them, 0 to 255; VBench's is AMT-S.
+      between: (frame_HWC, frame_HWC) -> the frame halfway between them, 0 to 255; VBench's is AMT-S. Made
+        bytes by cutting off fractions, as there.
 
     Cannot see: that nothing moves, which scores best. Jumps of whole frames that ``between`` explains away.
 
@@ -66,7 +69,7 @@ def motion_smoothness(video_THWC: np.ndarray, between: Callable[[np.ndarray, np.
     video = _bytes(video_THWC, least=3)
     kept = video[::2]
     errors = [
-        np.abs(np.clip(np.rint(between(one, other)), 0, 255) - true).mean()
+        np.abs(np.trunc(np.clip(between(one, other), 0, 255)) - true).mean()
         for one, other, true in zip(kept[:-1], kept[1:], video[1::2], strict=False)
     ]
     return float((255 - np.mean(errors)) / 255)

@@ -5,7 +5,6 @@ import dataclasses
 import json
 
 import jax
-import numpy as np
 import pytest
 
 from stvdm import checkpoint, sharding
@@ -67,6 +66,23 @@ def test_a_grid_is_run_seed_by_seed_and_goes_on_where_it_stopped(question, tiny_
     (folder / "full-0.json").unlink()
     run(question, tiny_bases, tmp_path, num_seeds=3)
     assert ran[4:] == ["full:0", "frame:2", "full:2"]
+
+
+def test_results_that_are_all_there_are_taken_as_they_are_unless_something_else_is_asked(
+    question, tiny_bases, ran, tmp_path
+):
+    run(question, tiny_bases, tmp_path, num_seeds=1)
+    tiny_bases.dit.model.rope_theta = 10.0  # a default of another version
+    run(question, tiny_bases, tmp_path, num_seeds=1)
+    assert ran == ["frame:0", "full:0"]
+    with pytest.raises(ValueError, match=r"rope_theta=.*, expected 10.0\n.*--results=DIR"):
+        run(question, tiny_bases, tmp_path, num_seeds=1, options=["--config.model.rope_theta=10.0"])
+
+
+def test_a_result_names_the_code_that_made_it(question, tiny_bases, ran, tmp_path):
+    (result,) = results.read(run(question, tiny_bases, tmp_path, cell="full:7"))
+    assert result["sources"] == shelf.sources() and len(result["sources"]) == 12
+    assert result["conditions"]["evaluation.kinetic_features_sha256"]
 
 
 def test_one_cell_alone(question, tiny_bases, ran, tmp_path):
@@ -283,14 +299,6 @@ def test_another_process_is_waited_for(tmp_path):
         assert entered.wait(5.0)
         thread.join()
     assert len(said) == 1 and "waiting for another process" in said[0]
-
-
-def test_weights_are_told_apart_by_value():
-    params = {"a": {"b": np.zeros(3, np.float32)}}
-    digest = shelf.digest_of(params)
-    assert digest == shelf.digest_of({"a": {"b": np.zeros(3, np.float32)}})
-    params["a"]["b"][1] = 1e-6
-    assert digest != shelf.digest_of(params)
 
 
 def test_a_training_that_diverges_is_a_result(question, tiny_bases, tmp_path, monkeypatch):

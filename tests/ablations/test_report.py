@@ -26,7 +26,7 @@ def test_the_report_has_verdicts_scores_and_costs(question, grid):
     assert row(text, "*through the autoencoder* @diagonal")[2] == "0.9"
     assert "*chance* @default" in text
     assert row(text, "full") == ["full", "1 M", "80", "20", "2 G", "40 G", "1.5"]
-    assert "Held equal: optimiser steps, 20." in text
+    assert "Held equal: optimiser steps, 20; the parameters are equal, too." in text
     assert "![full](full.png)" in text and "![frame](frame.png)" not in text
     assert "stvdm ablate attention --size=tiny --num=8 --seeds=3\n" in text
     assert "stvdm ablate attention --size=tiny --cell=full:2 --num=8\n" in text
@@ -42,7 +42,25 @@ def test_a_budget_says_how_equal_it_is(question, grid):
 
     grid[0]["cost"] = {**grid[0]["cost"], "flops_per_step": 2.1e9}
     text = report.as_markdown(dataclasses.replace(question, budget="flops"), grid)
-    assert "Held equal: training FLOPs, 40 G, to 5 %." in text
+    assert "Held equal: training FLOPs, 40 G, to 5 %; the parameters are equal, too." in text
+    grid[0]["cost"]["parameters"] = {"dit": 5, "text": 1, "autoencoder": 2}
+    assert "to 5 %.\n" in report.as_markdown(dataclasses.replace(question, budget="flops"), grid)
+
+
+def test_machines_and_states_of_the_code_are_told(question, grid):
+    assert "states of the package's code" not in report.as_markdown(question, grid)
+    for number, one in enumerate(grid):
+        one["cost"]["machine"], one["sources"] = f"{1 + number % 2} of 2 cores", "abc" if number else "def"
+    text = report.as_markdown(question, grid)
+    assert "On 1 of 2 cores or 2 of 2 cores." in text and "Made by 2 states of the package's code" in text
+
+
+def test_the_parameters_of_an_autoencoder_that_is_trained_are_told(question, grid):
+    import dataclasses
+
+    assert "| full | 1 M | 80 |" in report.as_markdown(question, grid)
+    text = report.as_markdown(dataclasses.replace(question, trains_autoencoder=True), grid)
+    assert "| full | 1 M + 5 | 80 |" in text
 
 
 def test_diverged_trainings_are_counted_and_have_no_scores(question, made_up, grid):
@@ -115,7 +133,8 @@ def test_reports_that_are_kept_are_those_of_the_results_beside_them(path):
     found = results.read(path.parent)
     results.check(found)
     assert path.read_text() == report.as_markdown(questions.find(path.parents[1].name), found)
-    assert (path.parent / "curves.svg").exists()
+    drawn = (path.parent / "curves.svg").read_text()
+    assert {one["variant"] for one in found} <= set(re.findall(r">([^<>]+)</text>", drawn))
 
 
 def test_a_mean_curve_has_the_steps_that_all_seeds_have():
@@ -126,7 +145,7 @@ def test_the_list_says_what_is_asked_and_found(written, made_up):
     text = report.listing(written.parents[1])
     for question in questions.QUESTIONS.values():
         assert f"{question.name}: {question.asks}" in text
-    assert "  tiny   6 cells of 3 seeds, 1.5 minutes a cell on cpu" in text
+    assert "  tiny   6 cells of 3 seeds, 1.5 minutes a cell (median) on cpu" in text
     assert "confirmed: attention over time keeps a thing the same thing (persistence: 0.45 [" in text
     costs = "nothing yet: not run; a tiny cell of the other grids took about 2 minutes on cpu"
     assert text.count(costs) == len(questions.QUESTIONS) - 1

@@ -51,13 +51,25 @@ def test_claims_are_decided_by_the_interval(question, grid):
     expected = stats.ttest_ind(full, frame, equal_var=False).confidence_interval(0.95)
     np.testing.assert_allclose((holds.difference.low, holds.difference.high), expected)
     assert flickers.outcome == "undecided" and flickers.reason == "the interval holds 0"
-    assert verdicts.in_short([holds, flickers]) == "1 confirmed, 1 undecided"
 
 
 def test_the_other_way_round_it_is_refuted(question, grid):
     backwards = Claim("frame", "full", "persistence", "it falls apart")
     assert verdicts.judge(question, backwards, grid).outcome == "refuted"
     assert verdicts.judge(question, dataclasses.replace(backwards, higher=False), grid).outcome == "confirmed"
+
+
+@pytest.mark.parametrize("chance, outcome", [(0.1, "confirmed"), (0.65, "undecided"), (0.9, "undecided")])
+def test_what_is_ahead_at_chance_decides_nothing(question, grid, chance, outcome):
+    for one in grid:
+        one["samplings"]["default"]["references"]["chance"]["persistence"] = chance
+    verdict = verdicts.judge(question, question.claims[0], grid)
+    assert verdict.outcome == outcome and verdict.difference.low > 0
+    assert ("full is at chance: 0.67 [0.5" in verdict.reason) == (outcome == "undecided"), verdict.reason
+    backwards = Claim("frame", "full", "persistence", "it falls apart")  # it is full, again, that is ahead
+    assert verdicts.judge(question, backwards, grid).outcome == ("refuted" if chance == 0.1 else "undecided")
+    lower = dataclasses.replace(backwards, higher=False)  # frame has less, and chance has less still, or more
+    assert verdicts.judge(question, lower, grid).outcome == ("undecided" if chance == 0.1 else "confirmed")
 
 
 def test_one_seed_decides_nothing(question, grid):

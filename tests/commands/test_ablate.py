@@ -68,6 +68,19 @@ def test_ablate_lists_what_there_is(tmp_path, capsys):
     assert "attention: Does attention over time remove flicker" in said and "not run" in said
 
 
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("attention --report --cell=full:0 --num=8", "--cell=full:0 --num=8: without effect beside --report"),
+        ("attention --report --config.total_steps=3", "--config.total_steps=3: without effect beside --report"),
+        ("atention --list", "--name=atention: without effect beside --list"),
+    ],
+)
+def test_ablate_refuses_options_without_effect(ablated, failure, words, said):
+    assert said in failure("ablate", *words.split())
+    assert ablated.calls == [] and ablated.reports == []
+
+
 def test_ablate_refuses_names_that_are_none(ablated, failure):
     assert "did you mean 'attention'?" in failure("ablate", "atention")
     assert "NAME is missing: expected one of attention, objective" in failure("ablate")

@@ -33,6 +33,19 @@ def test_results_are_not_written_over_unasked(calls, failure, tmp_path):
     assert cli.main(["evaluate", f"--output={tmp_path / 'r.json'}", "--overwrite"]) == 0 and calls
 
 
+@pytest.mark.parametrize("suffix", [".png", ".gif"])
+def test_clips_beside_a_result_are_not_written_over_unasked(calls, stand_in, failure, tmp_path, suffix):
+    picture = tmp_path / f"r{suffix}"
+    picture.write_bytes(b"of an earlier result")
+    said = failure("evaluate", f"--output={tmp_path / 'r.json'}")
+    assert f"{picture}: this is there already; name another, or add --overwrite" in said and not calls
+    assert cli.main(["evaluate", f"--output={tmp_path / 'r.json'}", "--overwrite"]) == 0
+    assert cli.main(["evaluate", "--damage", f"--output={tmp_path / 'r'}"]) == 0 and len(calls) == 2
+    stand_in("stvdm.evaluation.comparison", main=lambda *args, **kwargs: calls.append(args))
+    assert cli.main(["evaluate", "--compare", "a.json", "b.json", f"--output={tmp_path / 'r.md'}"]) == 0
+    assert len(calls) == 3  # these two leave none
+
+
 def test_evaluate_writes_where_it_always_did(calls, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["evaluate"]) == 0

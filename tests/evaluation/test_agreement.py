@@ -15,7 +15,7 @@ from stvdm.evaluation.instruments import Features, Instrument, colours
 from stvdm.evaluation.physics import Row
 
 COMMITTED = pathlib.Path(__file__).parents[2] / "results" / "damage"
-HIGHER, LOWER = Instrument("one", "clip", True), Instrument("other", "clip", False)
+HIGHER, LOWER = Instrument("one", "clip", "higher"), Instrument("other", "clip", "lower")
 
 
 def series(*means, spread=0.1, num=40, seed=0):
@@ -40,6 +40,14 @@ def test_what_counts_as_seeing(means, of_lower, of_higher):
     at = series(*means)
     assert agreement._cell(LOWER, at, 1)["verdict"] == of_lower
     assert agreement._cell(HIGHER, at, 1)["verdict"] == of_higher
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_what_is_best_at_0_is_worse_on_both_sides_of_it(sign):
+    clips = np.random.default_rng(0).normal(1, 0.1, 40)
+    nearer = Instrument("excess_flicker", "pair", "nearer 0")
+    assert agreement._cell(nearer, [sign * k * clips for k in range(4)], 1)["verdict"] == "sees"
+    assert agreement._cell(nearer, [sign * k * clips for k in range(3, -1, -1)], 1)["verdict"] == "rewards"
 
 
 def test_what_noise_may_have_made_is_missed():
@@ -69,7 +77,7 @@ def test_clips_that_it_says_nothing_of_do_not_count():
 
 def test_an_item_that_undamaged_clips_fail_is_not_applicable():
     right = [np.ones(100), *(np.zeros(100) for _ in range(3))]
-    shape = Instrument("physics shape", "clip", True)
+    shape = Instrument("physics shape", "clip", "higher")
     assert agreement._cell(shape, right, 1)["verdict"] == "sees"
     right[0][:6] = 0
     assert agreement._cell(shape, right, 1)["verdict"] == "-"
@@ -208,7 +216,9 @@ def test_the_committed_verdicts_follow_from_the_committed_intervals(committed):
 
 def test_the_committed_expectations_are_those_of_the_code(committed):
     listed = {instrument.name: instrument for instrument in agreement.instruments()}
+    assert listed.keys() == committed["instruments"].keys()
     for name, instrument in committed["instruments"].items():
+        assert listed[name].better == instrument["better"]
         for damage, cell in instrument["damages"].items():
             assert listed[name].expected(damage) == cell["expected"], (name, damage)
     assert committed["damages"] == {

@@ -21,6 +21,8 @@ CONDITIONS = {
     "width": 32,
     "clip_seeds": "0 * 1000003 + index",
     "model_sha256": "1234567890abcdef",
+    "autoencoder_sha256": "cc",
+    "flow_path": "rectified",
     "checkpoint": "bundled",
     "versions": {"stvdm": "0.1.0", "jax": "0.10.2"},
     "device": "cpu",
@@ -106,6 +108,24 @@ def test_a_table_of_two_models(written, capsys):
     assert "steps 25" in text
 
 
+@pytest.mark.parametrize(
+    ("conditions", "said"),
+    [
+        ({}, "-0.1"),
+        ({"autoencoder_sha256": "dd"}, "other autoencoder"),
+        ({"autoencoder_sha256": None}, "autoencoder not said"),
+        ({"flow_path": "cosine"}, "other path"),
+    ],
+)
+def test_flow_losses_of_other_units_have_no_difference(conditions, said):
+    one, other = result(np.ones(9), np.ones(9)), result(np.ones(9), np.ones(9), **conditions)
+    other["flow_loss"] = 0.4
+    assert list(comparison.differences({"one": one, "other": other})) == []
+    text = comparison.as_markdown({"one": one, "other": other})
+    assert f"| flow loss (of one autoencoder) |  | 0.5 | 0.4 | {said} |" in text
+    assert "| change from frame to frame |  | 0.04 | 0.04 | +0 |" in text
+
+
 def test_a_mixed_table_says_that_it_is(written):
     text = comparison.main([written / "full.json", written / "quick.json"], mixed=True)
     assert "**Mixed**" in text and '- quick: steps=10, in full 25; versions.jax="9", in full "0.10.2"' in text
@@ -127,15 +147,19 @@ def test_what_is_said_of_reconstructed_clips_alone_has_no_row():
     assert "lpips" not in comparison.as_markdown({"one": one, "other": other})
 
 
+def related(one, other, item):
+    return comparison.correlation(comparison.pairs_of(one, other, item))
+
+
 def test_only_the_same_prompts_are_paired():
     luck = np.random.default_rng(0).random(60)
     one, other = result(luck < 0.5, luck < 0.8), result(luck < 0.5, luck < 0.4)
-    assert comparison.correlation(one, other, "colour") == pytest.approx(1)
-    assert 0 < comparison.correlation(one, other, "motion") < 1
-    assert comparison.correlation(one, result(np.ones(60), np.ones(60)), "motion") == 0
-    assert comparison.correlation(one, result(luck < 0.5, luck < 0.8, prompts_sha256="cd"), "motion") is None
+    assert related(one, other, "colour") == pytest.approx(1)
+    assert 0 < related(one, other, "motion") < 1
+    assert related(one, result(np.ones(60), np.ones(60)), "motion") == 0
+    assert comparison.pairs_of(one, result(luck < 0.5, luck < 0.8, prompts_sha256="cd"), "motion") is None
     del other["scores"]
-    assert comparison.correlation(one, other, "motion") is None
+    assert comparison.pairs_of(one, other, "motion") is None
     assert "unpaired" in comparison.as_markdown({"one": one, "other": other})
 
 
@@ -144,7 +168,26 @@ def test_a_clip_that_one_of_them_was_not_judged_on_does_not_count():
     one, other = result(luck, luck), result(luck, luck)
     one["scores"]["motion"][:3] = [None] * 3
     other["scores"]["motion"][:3] = [0.0, 1.0, 0.0]
-    assert comparison.correlation(one, other, "motion") == pytest.approx(1)
+    assert related(one, other, "motion") == pytest.approx(1)
+
+
+def test_what_one_of_them_lost_is_left_out_of_both_means():
+    """Two models that do alike wherever both have something to measure, but one of them lost what is hard."""
+    residual = np.where(np.arange(60) < 40, 0.01, 0.5) + np.linspace(0, 0.001, 60)
+    lost = np.where(np.arange(60) < 40, residual, np.nan)
+    one, other, none = (result(np.ones(60), np.ones(60)) for _ in range(3))
+    for found, values in ((one, residual), (other, lost), (none, np.where(np.isnan(lost), residual, np.nan))):
+        found["items"]["residual"] = {"generated": cell(values)}
+        found["scores"]["residual"] = result_file.kept(values.tolist())
+    text = comparison.as_markdown({"one": one, "other": other})
+    (row,) = (line for line in text.splitlines() if line.startswith("| residual"))
+    assert "| 60, 40 | 0.174 [" in row and "| 0.010 [" in row
+    assert row.endswith("| +0.000 [-0.000, +0.000] *of 40* |")
+    assert "*Of n*: over the n clips that both were judged on" in text
+    (row,) = (line for line in text.splitlines() if line.startswith("| colour"))
+    assert "*of" not in row
+    text = comparison.as_markdown({"other": other, "none": none})
+    assert "| no clip that both were judged on |" in text and "nan" not in text
 
 
 def test_an_interval_of_a_difference_by_hand():
@@ -166,9 +209,9 @@ def test_intervals_of_differences_cover_the_truth(together):
         luck = rng.random(60)
         one, other = luck < 0.9, (luck if together else rng.random(60)) < 0.8
         results = [result(values, values) for values in (one, other)]
-        related = comparison.correlation(*results, "motion") if together else 0.0
+        together_by = related(*results, "motion") if together else 0.0
         cells = [each["items"]["motion"]["generated"] for each in results]
-        _, low, high = comparison.difference(*cells, related)
+        _, low, high = comparison.difference(*cells, together_by)
         covered += low < 0.1 < high
         width += (high - low) / 400
     assert 0.92 < covered / 400 < 0.995

@@ -44,6 +44,7 @@ def test_what_is_scored_is_what_is_listed(undamaged):
 def test_a_clip_equals_itself(undamaged):
     assert (undamaged["psnr"] == shelf.PSNR_OF_EQUALS).all()
     assert (undamaged["ssim"] == 1).all() and (undamaged["excess_flicker"] == 0).all()
+    assert (undamaged["change_error"] == 0).all()
 
 
 def test_scores_are_those_of_their_functions(undamaged):

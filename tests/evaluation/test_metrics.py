@@ -81,6 +81,21 @@ def test_excess_flicker_is_zero_for_motion_and_twice_the_variance_for_noise():
     assert metrics.excess_flicker(still, clip) < -0.1  # motion lost
 
 
+def test_change_error_is_pleased_by_the_reference_alone():
+    clip = moving()
+    change = metrics.flicker(clip)  # 2 * 2 / 24, of a bar that goes on by a pixel
+    still = np.broadcast_to(clip.mean(axis=1, keepdims=True), clip.shape)
+    np.testing.assert_allclose(metrics.change_error(clip, clip), 0)
+    np.testing.assert_allclose(metrics.change_error(clip + 0.5, clip), 0, atol=1e-6)  # what it cannot see
+    np.testing.assert_allclose(metrics.change_error(still, clip), change, rtol=1e-5)  # frozen
+    np.testing.assert_allclose(metrics.change_error(0.5 * clip, clip), change / 2, rtol=1e-5)  # faint
+    np.testing.assert_allclose(metrics.change_error(clip[:, :, :, ::-1], clip), 2 * change, rtol=1e-5)  # elsewhere
+    noisy = 2 * 0.2 / np.sqrt(np.pi)  # mean |difference| of two draws of deviation 0.2
+    np.testing.assert_allclose(metrics.change_error(moving(noise=0.2), clip), noisy, rtol=0.02)
+    two = np.concatenate([clip, still])
+    np.testing.assert_allclose(metrics.change_error(two, np.concatenate([clip, clip])), [0, change[0]], rtol=1e-5)
+
+
 def test_latent_flicker_is_the_noise_that_an_encoder_lets_through():
     video = np.full((2, 16, 12, 12, 3), 128, np.uint8)
     each_frame = metrics.latent_flicker(lambda clip: jnp.asarray(clip, jnp.float32), video, levels=4.0)

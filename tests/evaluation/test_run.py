@@ -4,6 +4,7 @@
 import dataclasses
 import json
 
+import foreign
 import jax
 import numpy as np
 import pytest
@@ -61,7 +62,10 @@ def test_a_model_of_noise_is_told_apart_from_real_clips(kinetic_model, networks,
     assert far["reconstructed"] > 3 * abs(far["real"])
     assert covered["generated"] < covered["real"]
     assert len(written["conditions"]["kinetic_features_sha256"]) == 64
-    assert "kinetic_frechet: generated " in printed
+    assert "kinetic_frechet: generated " in printed and "reconstructed ones are copies" in printed
+    assert written["feature_widths"] == {"kinetic": 64, "videomae": foreign.VIDEOMAE["hidden_size"]}
+    for name, width in written["feature_widths"].items():
+        assert f"{name}_frechet: covariances of 5 clips in {width} features" in printed
     assert set(written["conditions"]["networks_sha256"]) == {"clip", "videomae"}
     assert set(written["distances"]["videomae_frechet"]) == {"generated", "reconstructed", "real"}
     assert "all_right" in printed and "clip_score  " in printed
@@ -72,6 +76,12 @@ def test_a_folder_without_networks_is_refused_before_anything_is_made(kinetic_mo
         run.main(kinetic_model, num=3, features=tmp_path)
 
 
+@pytest.mark.parametrize("name", ["results.png", "results.gif", "results"])
+def test_a_result_that_its_clips_would_be_written_over_is_refused(name, tmp_path):
+    with pytest.raises(ValueError, match=rf"{name}: expected a name that ends in .json.*results.json"):
+        run.main(tmp_path / "no model", output=tmp_path / name)
+
+
 def test_results_say_when_their_prompts_differ(kinetic_model):
     loaded = Pipeline.load(kinetic_model)
     one, other, again = (
@@ -80,6 +90,8 @@ def test_results_say_when_their_prompts_differ(kinetic_model):
     assert list(comparison.differing(one["conditions"], again["conditions"])) == []
     keys = {line.partition("=")[0] for line in comparison.differing(one["conditions"], other["conditions"])}
     assert keys == {"prompts", "prompts_sha256", "clip_seeds"}
+    coder = {name: loaded.params[name] for name in ("autoencoder", "statistics")}
+    assert one["conditions"]["autoencoder_sha256"] == run.digest_of(coder)
     table = comparison.as_markdown({"one": one, "again": again})
     assert "unpaired" not in table and "| all_right | 2 |" in table
 
@@ -94,10 +106,22 @@ def test_an_item_that_real_clips_fail_is_not_reported():
     assert items["shape"] == {"not_reported": "real clips score 0.900, below 0.95"}
     assert items["colour"]["generated"]["mean"] == 1.0
     assert "occlusion" not in items  # no prompt asked for it
-    report = {"items": items, "reconstruction": dict(psnr_db=1, ssim=0, excess_flicker=0), "flicker": {}}
+    report = {"items": items, "reconstruction": dict(psnr_db=1, ssim=0, excess_flicker=0, change_error=0.5)}
+    report["flicker"] = {}
     text = run.as_text({**report, "all_right_by_things": {2: dict(mean=0.5, low=0.25, high=0.75, num=8)}})
     assert "of 2 things 0.500 [0.250, 0.750] (8)" in text
     assert "shape               not reported" in text
+    assert "change error 0.5000" in text
+
+
+@pytest.mark.parametrize(("num", "lacking"), [(300, ["i3d"]), (64, ["kinetic", "i3d"]), (401, [])])
+def test_a_distance_of_fewer_clips_than_features_says_so(num, lacking):
+    report = {"items": {}, "all_right_by_things": {}, "flicker": {}, "conditions": {"num": num}}
+    report["reconstruction"] = dict(psnr_db=1, ssim=0, excess_flicker=0, change_error=0.5)
+    far = {"distances": {"i3d_frechet": {"generated": 3.0}}, "feature_widths": {"kinetic": 64, "i3d": 400}}
+    text = run.as_text(report | far)
+    assert [name for name in ("kinetic", "i3d") if f"{name}_frechet: covariances of {num} clips" in text] == lacking
+    assert ("say little" in text) == (num < 100)
 
 
 def test_prompts_do_not_change_with_their_number():
@@ -112,6 +136,9 @@ def test_reconstruction_measures_what_they_say():
     assert same["ssim"] == pytest.approx(1, abs=1e-5)
     noisy = np.clip(video.astype(int) + 20 * (-1) ** np.arange(5)[None, :, None, None, None], 0, 255).astype(np.uint8)
     assert run.reconstruction(noisy, video)["psnr_db"] < 25
+    assert same["change_error"] == 0
+    there_and_back = 2 * 20 / 127.5  # what each change is off by, but where bytes end
+    assert 0.8 * there_and_back < run.reconstruction(noisy, video)["change_error"] < there_and_back
 
 
 def test_a_model_is_held_against_the_scenes_that_were_asked_for(kinetic_model):
@@ -145,3 +172,11 @@ def test_the_loss_of_a_model_that_says_nothing_is_that_of_the_noise(kinetic_mode
     assert loss == pytest.approx(1 + np.square(latents).mean(), rel=0.1)  # (noise - data)², of independent two
     assert run.flow_loss(silent, latents, prompts, batch=2) == pytest.approx(loss, rel=1e-4)
     assert run.flow_loss(silent, latents, prompts, batch=5, seed=1) != pytest.approx(loss, rel=1e-4)
+
+
+def test_weights_are_told_apart_by_value():
+    params = {"a": {"b": np.zeros(3, np.float32)}}
+    digest = run.digest_of(params)
+    assert digest == run.digest_of({"a": {"b": np.zeros(3, np.float32)}})
+    params["a"]["b"][1] = 1e-6
+    assert digest != run.digest_of(params)

@@ -32,6 +32,9 @@ def test_smoothness_compares_every_second_frame_with_what_its_neighbours_foretel
     jumpy[3] += 51
     assert vbench.motion_smoothness(jumpy, mean) == pytest.approx(1 - 51 / 2 / 255)
     assert vbench.motion_smoothness(jumpy[:4], mean) == 1, "the last frame has one neighbour only"
+    odd = np.full((3, 2, 2, 3), [0], np.uint8)
+    odd[1:] = np.array([1, 3])[:, None, None, None]
+    assert vbench.motion_smoothness(odd, mean) == 1, "of the 1.5 foretold 1 is left, as on a cast to bytes"
 
 
 def test_a_clip_moves_if_enough_of_its_steps_do():
