@@ -28,6 +28,7 @@ import json
 import math
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -149,6 +150,8 @@ class Checkpoints:
         finally:
             self._thread.shutdown()
             self._checkpointer.close()
+            with contextlib.suppress(OSError):
+                self._sweep()
 
     def restore(self, state: Tree) -> Tree:
         """The newest whole checkpoint, in the dtypes and shardings of ``state`` (arrays or ShapeDtypeStructs).
@@ -253,7 +256,7 @@ class Checkpoints:
         """Removes what saves that died have left."""
         if jax.process_index() == 0 and self._folder.exists():
             for path in self._folder.glob(f"*{_UNFINISHED}*"):
-                path.rmtree()
+                _remove(path)
 
     @contextlib.contextmanager
     def _explained(self, step: int) -> Iterator[None]:
@@ -421,6 +424,17 @@ def _said_by_any(text: str) -> str:
     said = np.frombuffer(text.encode()[:1024].ljust(1024, b"\0"), np.uint8)
     rows = [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in multihost_utils.process_allgather(said)]
     return "; ".join(dict.fromkeys(filter(None, rows)))
+
+
+def _remove(folder: epath.Path, *, tries: int = 10) -> None:
+    """A folder and what is in it, although writers of a save that failed may be at it still."""
+    for _ in range(tries):
+        with contextlib.suppress(OSError):
+            folder.rmtree()
+        if not folder.exists():
+            return
+        time.sleep(0.1)
+    folder.rmtree()
 
 
 def _free_mib(folder: epath.Path) -> int:

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is saved comes back: bit for bit, on any mesh, and never half of it."""
 
+import contextlib
 import json
 import re
 import shutil
 import subprocess
+import threading
 import time
 
 import jax
@@ -295,6 +297,25 @@ def test_a_full_disk_is_said_and_leaves_the_last_checkpoint_whole(small_disk):
         found = checkpoints.restore(state(0))
         assert checkpoints.position() == {"step": 1}
     np.testing.assert_array_equal(found["noise"], noise)
+
+
+def test_what_a_failed_save_left_goes_although_it_is_still_written_to(tmp_path):
+    left = tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp"
+    (left / "state").mkdir(parents=True)
+    seen = []
+
+    def write():  # as threads of a failed save do until they see that their folder is gone
+        with contextlib.suppress(FileNotFoundError):
+            while len(seen) < 1_000_000:
+                seen.append((left / "state" / str(len(seen))).write_text("more"))
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    while len(seen) < 5:
+        time.sleep(0.01)
+    checkpoint.Checkpoints(tmp_path).close()
+    writer.join(timeout=10.0)
+    assert not left.exists() and not writer.is_alive()
 
 
 def test_an_exported_model_comes_back(tmp_path):
