@@ -426,14 +426,10 @@ def _said_by_any(text: str) -> str:
     return "; ".join(dict.fromkeys(filter(None, rows)))
 
 
-def _remove(folder: epath.Path, *, tries: int = 10) -> None:
-    """A folder and what is in it, although writers of a save that failed may be at it still."""
-    for _ in range(tries):
-        with contextlib.suppress(OSError):
-            folder.rmtree()
-        if not folder.exists():
-            return
-        time.sleep(0.1)
+def _remove(folder: epath.Path) -> None:
+    """An unfinished folder and what is in it. Writers of a save that failed may still look for it, in vain."""
+    if "://" not in str(folder):
+        folder = folder.rename(folder.with_name(f"{folder.name}-{time.time_ns()}"))
     folder.rmtree()
 
 

@@ -306,7 +306,7 @@ def test_what_a_failed_save_left_goes_although_it_is_still_written_to(tmp_path):
 
     def write():  # as threads of a failed save do until they see that their folder is gone
         with contextlib.suppress(FileNotFoundError):
-            while len(seen) < 1_000_000:
+            while len(seen) < 10_000:
                 seen.append((left / "state" / str(len(seen))).write_text("more"))
 
     writer = threading.Thread(target=write)
