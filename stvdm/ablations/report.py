@@ -127,9 +127,9 @@ def _verdicts(found: Sequence[Verdict]) -> Iterator[str]:
     ]
     yield _markdown_table(["", "claim", "rule", "difference", ""], rows)
     yield (
-        "Decided by the 95 % interval (Welch) of the difference over seeds, as written in "
-        "`stvdm/ablations/questions.py` before the grid was run: confirmed or refuted where it leaves 0 on one side, "
-        "and what is ahead is above chance by its own interval."
+        "The claims stood in `stvdm/ablations/questions.py` before the grid was run. Each is decided for itself, by "
+        "the 95 % interval (Welch) of the difference over seeds: confirmed or refuted where that leaves 0 on one side, "
+        "and what is ahead is above chance by its own interval. Of twenty differences that do not exist it finds one."
     )
 
 
@@ -293,8 +293,10 @@ def _listed(question: Question, sizes: Mapping[str, Sequence[Result]], prices: s
             yield "         refused as a table, for the conditions differ: " + " | ".join(different)
             continue
         for one in verdicts.judge_all(question, found):
-            by = f" ({one.claim.score}: {one.difference})" if one.difference is not None else f" ({one.reason})"
-            yield f"         {one.outcome}: {one.claim.says}{by}"
+            found_out = [one.reason] if one.reason and one.reason != verdicts.HOLDS_ZERO else []
+            if one.difference is not None:
+                found_out.insert(0, f"{one.claim.score}: {one.difference}")
+            yield f"         {one.outcome}: {one.claim.says} ({'; '.join(found_out)})"
     if not sizes:
         yield f"  found  nothing yet: not run{prices}"
 

@@ -30,6 +30,7 @@ from stvdm.ablations.questions import Claim, Question
 from stvdm.ablations.results import Result
 
 LEVEL = 0.95
+HOLDS_ZERO = "the interval holds 0"
 
 
 class Interval(NamedTuple):
@@ -116,7 +117,7 @@ def judge(question: Question, claim: Claim, results: Sequence[Result]) -> Verdic
         reason = next((why for why in hidden if why), f"{len(a)} and {len(b)} seeds, and an interval takes two of each")
         return Verdict(claim, "undecided", None, reason)
     if found.low <= 0 <= found.high:
-        return Verdict(claim, "undecided", found, "the interval holds 0")
+        return Verdict(claim, "undecided", found, HOLDS_ZERO)
     confirmed = (found.low > 0) == claim.higher
     ahead, values = (claim.better, a) if confirmed else (claim.worse, b)
     chance, reached = chance_of(question, results, ahead, claim.score), over_seeds(values)

@@ -92,7 +92,8 @@ def read(directory: str | Path, *, split: str = "train") -> Any:
     """A split of what `write` returned: its records by random access, each for `decode`. It can be sent to workers."""
     if not (Path(directory) / "dataset_info.json").exists():
         raise ValueError(
-            f"directory={str(directory)!r}: expected what write() returned, with a dataset_info.json in it."
+            f"directory={str(directory)!r}: expected what write() returned, with a dataset_info.json in it; or none "
+            "(--config.data.path=), and clips are rendered as they are read."
         )
     return tfds.builder_from_directory(str(directory)).as_data_source(split=split)
 

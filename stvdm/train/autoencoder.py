@@ -146,6 +146,8 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
         ) as telemetry:
             report = state_lib.write_report(batches.report, workdir)
             telemetry.say(report)
+            if first_step:
+                telemetry.say(f"goes on from step {first_step}")
             for change in state_lib.changed_settings(before or config.to_dict(), config.to_dict()):
                 telemetry.say(change)
             for step in range(first_step, config.total_steps):

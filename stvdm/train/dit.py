@@ -307,6 +307,8 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
             telemetry.say(f"{num_params:,} parameters, a vocabulary of {len(config.text.words)} words")
             if fresh:
                 telemetry.say(f"not in {config.start_from}, so they start fresh: {', '.join(fresh)}")
+            if first_step:
+                telemetry.say(f"goes on from step {first_step}")
             for change in state_lib.changed_settings(before or settings, settings):
                 telemetry.say(change)
             for step in range(first_step, config.total_steps):

@@ -113,6 +113,7 @@ def test_a_change_since_the_checkpoint_is_said(dit_config, tmp_path, one_device,
     assert [line for line in said if line.startswith("changed")] == [
         "changed since the checkpoint: flow.prediction was 'velocity', is 'x0'"
     ]
+    assert "goes on from step 1" in said
 
 
 def test_the_workdir_of_the_other_training_is_refused(dit_config, autoencoder_config, tmp_path, one_device):
