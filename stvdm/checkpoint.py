@@ -150,8 +150,6 @@ class Checkpoints:
         finally:
             self._thread.shutdown()
             self._checkpointer.close()
-            with contextlib.suppress(OSError):
-                self._sweep()
 
     def restore(self, state: Tree) -> Tree:
         """The newest whole checkpoint, in the dtypes and shardings of ``state`` (arrays or ShapeDtypeStructs).
@@ -160,24 +158,24 @@ class Checkpoints:
           FileNotFoundError: if there is none.
           ValueError: if all are damaged, or the arrays have other names or shapes than ``state``.
         """
-        self._check_shapes(state)
+        self._check_arrays(state)
         there = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         return self._restored(state=ocp.args.StandardRestore(there))["state"]
 
-    def _check_shapes(self, state: Tree) -> None:
+    def _check_arrays(self, state: Tree) -> None:
         """Orbax finds this too, and says it in a hundred lines."""
         if self.latest is None:
             return
         folder = self._folder / str(self.latest)
         there = _shapes_of(ocp.StandardCheckpointHandler().metadata(folder / "state").tree)
         here = _shapes_of(state)
-        other = sorted(name for name in there.keys() & here.keys() if there[name] != here[name])
+        other = sorted(name for name in {**there, **here} if there.get(name) != here.get(name))
         if other:
             name = other[0]
             raise ValueError(
-                f"{folder}: of {len(there)} arrays {len(other)} have other shapes than this config gives them, e.g. "
-                f"{name} is {there[name]}, expected {here[name]}; take the settings that it was trained with, or "
-                "another --workdir."
+                f"{folder}: {len(other)} arrays are not those of this config, e.g. {name} is "
+                f"{there.get(name, 'missing')}, expected {here.get(name, 'none')}; take the settings that it was "
+                "trained with, or another --workdir."
             )
 
     def position(self) -> dict[str, Any]:
@@ -507,6 +505,7 @@ def describe_model(directory: epath.PathLike) -> dict[str, Any]:
 
     Raises:
       FileNotFoundError: if one of the two files is missing.
+      ValueError: for a description that can't be read, or that tells no digest of weights.
     """
     source = epath.Path(directory).expanduser()
     missing = [name for name in (WEIGHTS, DESCRIPTION) if not (source / name).exists()]
@@ -515,7 +514,10 @@ def describe_model(directory: epath.PathLike) -> dict[str, Any]:
             f"{source}: expected a model, found no {' and no '.join(missing)}; give the --workdir of a training that "
             "has ended, or run that training first, or give what `stvdm import` wrote."
         )
-    return json.loads((source / DESCRIPTION).read_text())
+    description = tensor_files.told_in(source / DESCRIPTION)
+    if "sha256" not in description:
+        raise ValueError(f"{source / DESCRIPTION}: expected the sha256 of {WEIGHTS}; copy the folder again.")
+    return description
 
 
 def _write(path: epath.Path, data: bytes) -> None:

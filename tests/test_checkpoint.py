@@ -60,6 +60,7 @@ def test_a_half_written_checkpoint_is_not_seen(tmp_path):
     assert whole.exists()
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.latest == 1
+    assert (torn / "state").exists(), "who only reads leaves a save alone: it may be somebody's who is at it"
 
 
 def test_a_machine_that_slept_while_saving_has_saved(tmp_path, monkeypatch):
@@ -78,13 +79,24 @@ def test_a_machine_that_slept_while_saving_has_saved(tmp_path, monkeypatch):
         assert slept[0] and checkpoints.position() == {"there": {"step": 1}}
 
 
-def test_arrays_of_other_shapes_are_one_line(tmp_path):
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"a": {"kernel": np.zeros((8, 5))}, "count": np.int32(7)}, r"a/kernel is \(8, 4\), expected \(8, 5\)"),
+        ({"a": {"kernel": np.zeros((8, 4))}}, r"count is \(\), expected none"),
+        (
+            {"a": {"kernel": np.zeros((8, 4))}, "count": np.int32(7), "b": (np.zeros(3),)},
+            r"b/0 is missing, expected \(3,\)",
+        ),
+    ],
+)
+def test_arrays_of_other_names_or_shapes_are_one_line(tmp_path, other, said):
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, _tree(), position={}, config={})
-        narrower = {"a": {"kernel": jnp.zeros((8, 2))}, "count": jnp.int32(0)}
-        with pytest.raises(ValueError, match=r"1: of 2 arrays 1 have .* a/kernel is \(8, 4\), expected \(8, 2\); take"):
-            checkpoints.restore(narrower)
+        with pytest.raises(ValueError, match=f"1 arrays are not those of this config, e.g. {said}; take") as error:
+            checkpoints.restore(other)
         checkpoints.restore(_tree())
+    assert len(str(error.value).splitlines()) == 1
 
 
 def test_without_a_checkpoint_there_is_a_clear_error(tmp_path):
@@ -313,7 +325,8 @@ def test_what_a_failed_save_left_goes_although_it_is_still_written_to(tmp_path):
     writer.start()
     while len(seen) < 5:
         time.sleep(0.01)
-    checkpoint.Checkpoints(tmp_path).close()
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(5, _tree(), position={}, config={})
     writer.join(timeout=10.0)
     assert not left.exists() and not writer.is_alive()
 
@@ -350,6 +363,14 @@ def test_weights_are_written_as_told_and_statistics_as_they_are(tmp_path):
     np.testing.assert_array_equal(params["statistics"]["mean_z"], third)
 
 
+@pytest.mark.parametrize("text", ["[]", "{", "{}"])
+def test_a_damaged_description_is_named(tmp_path, text):
+    checkpoint.save_model(tmp_path / "one", {"kernel": np.ones(4, np.float32)}, {})
+    (tmp_path / "one" / checkpoint.DESCRIPTION).write_text(text)
+    with pytest.raises(ValueError, match="model.json: expected .*copy "):
+        checkpoint.load_model(tmp_path / "one")
+
+
 def test_a_damaged_or_mixed_model_is_refused(tmp_path):
     checkpoint.save_model(tmp_path / "one", {"kernel": np.ones(4, np.float32)}, {})
     weights = tmp_path / "one" / checkpoint.WEIGHTS
@@ -357,6 +378,9 @@ def test_a_damaged_or_mixed_model_is_refused(tmp_path):
     data[-1] ^= 1
     weights.write_bytes(bytes(data))
     with pytest.raises(ValueError, match="damaged or belongs to another"):
+        checkpoint.load_model(tmp_path / "one")
+    weights.write_bytes(b"")
+    with pytest.raises(ValueError, match="model.safetensors: 0 bytes, .*copy it again"):
         checkpoint.load_model(tmp_path / "one")
     with pytest.raises(FileNotFoundError, match="found no model.safetensors and no model.json"):
         checkpoint.load_model(tmp_path / "nothing")

@@ -168,6 +168,7 @@ def stream_encode(
     ``chunk_latents`` is the number of latent frames of each chunk, or their list. Memory is that of one chunk.
     """
     T, H, W = video_BTHWC.shape[1:4]
+    params = _on_devices(params)
     cache: Cache = {}
     for start, stop in _chunks(model.latent_shape((T, H, W))[0], chunk_latents):
         first, last = (model.video_shape((n, 1, 1))[0] if n else 0 for n in (start, stop))
@@ -179,10 +180,16 @@ def stream_decode(
     model: Autoencoder, params: Any, latent_Bthwz: jax.Array, *, chunk_latents: int | Sequence[int] = 1
 ) -> Iterator[jax.Array]:
     """Yields the video of a latent chunk by chunk; together they equal `Autoencoder.decode`."""
+    params = _on_devices(params)
     cache: Cache = {}
     for start, stop in _chunks(latent_Bthwz.shape[1], chunk_latents):
         video, cache = decode_chunk(model, params, latent_Bthwz[:, start:stop], cache)
         yield video
+
+
+def _on_devices(params: Any) -> Any:
+    """Weights that lie on the host go over once, not with every chunk; arrays, some of them on other hosts, stay."""
+    return jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf), params)
 
 
 # ---- tiled: a large frame in pieces ---------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from stvdm.sharding import partitioned
 
 Triple = tuple[int, int, int]  # along time, height, width
 
+_SIDES = (("rows", 1), ("columns", 2))  # of frames: logical name, and axis among (time, height, width)
 _SMALLEST_MEAN_SQUARE = 1e-8  # bounds the norm's slope at 0; above it the norm is exact
 
 
@@ -82,16 +83,14 @@ class CausalConv(nn.Module):
 def _split(x: jax.Array, stride: Triple) -> tuple[str | None, ...]:
     """How frames lie on the mesh, before and after: neighbours exchange the borders that a convolution sees.
 
-    Where a device would keep fewer than two rows or columns of the result, each has them all. What is left to the
+    Where a device would keep fewer than two rows or columns of the result, each has all of both. What is left to the
     compiler it may split by taps, and if the result is not split as the frames are, it then sums wrongly (XLA of jax
-    0.10: 3x3 with stride 2 on 4 columns over 2 or 4 devices).
+    0.10: 3x3 with stride 2 on 4 columns over 2 or 4 devices). So it does where one of them alone is split: the gradient
+    for the kernel comes out as many times too large as the other's axis has devices.
     """
-
-    def split(name: str, axis: int) -> str | None:
-        size, parts = x.shape[1 + axis], sharding.num_parts(name)
-        return name if size // (stride[axis] * parts) >= 2 else None
-
-    return ("batch", None, split("rows", 1), split("columns", 2), None)
+    parts = [(x.shape[1 + axis] // stride[axis], sharding.num_parts(name)) for name, axis in _SIDES]
+    is_small = any(num_parts > 1 and size // num_parts < 2 for size, num_parts in parts)
+    return ("batch", None, *(None if is_small else name for name, _ in _SIDES), None)
 
 
 def _convolve(x: jax.Array, kernel: jax.Array, stride: Triple) -> jax.Array:

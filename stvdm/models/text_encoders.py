@@ -7,8 +7,8 @@ Which words belong together is most of what a caption says ("a red ball ... and 
 decide how soon that is learned, if at all: positions are rotary, so that "the next word" is the same thing everywhere
 in a caption, and words start at unit variance, so that a first block's average over the caption does not drown them.
 
-Whatever turns captions into (text_BSE, mask_BS) can condition a DiT; frozen T5, UMT5 and CLIP towers with their
-own tokenizers belong in this file, beside these two.
+Whatever turns captions into (text_BSE, mask_BS) can condition a DiT; published towers that do are in `models.t5` and
+`models.clip`, their tokenizers in `models.tokenizers`.
 
     tokenizer = WordTokenizer(collect_words(captions), max_tokens=32)
     tokens_BS, mask_BS = tokenizer(["a red ball bounces to the right", ""])

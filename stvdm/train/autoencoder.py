@@ -138,14 +138,15 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
 
         # Loop.
         skips = state_lib.Skips(config.max_skipped, state.num_skipped)
+        write_report = state_lib.reporter(batches, checkpoints, workdir, mesh)
         with Telemetry(
             workdir,
             num_steps=config.total_steps,
             first_step=first_step,
             profile=(config.profile.first_step, config.profile.num_steps),
         ) as telemetry:
-            report = state_lib.write_report(batches.report, workdir)
-            telemetry.say(report)
+            report = write_report()
+            telemetry.say(str(report))
             if first_step:
                 telemetry.say(f"goes on from step {first_step}")
             for change in state_lib.changed_settings(before or config.to_dict(), config.to_dict()):
@@ -165,7 +166,7 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
                 if leaving or is_due(done, config.checkpoint_every, config.total_steps):
                     skips.check(batches)  # a run that must stop would stop again after this step
                     with telemetry.timed("save"):
-                        position = {**batches.position, "step": done}
+                        position = {**batches.position, "step": done, "replaced": write_report().replacements}
                         checkpoints.save(done, state, position=position, config=config.to_dict())
                         telemetry.bring()
                 if leaving:
@@ -180,8 +181,8 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
                     telemetry.record(done, mean_scores([scores for scores, _ in results]), prefix="eval/")
                     telemetry.preview(done, "reconstruction", results[0][1])
 
-            if (skipped_since := state_lib.write_report(batches.report, workdir)) != report:
-                telemetry.say(skipped_since)
+            if (skipped_since := write_report()) != report:
+                telemetry.say(str(skipped_since))
 
             # Finish: the averaged weights, and the scale of the latents they make.
             statistics = latent_statistics(Autoencoder(**config.model), state.ema, batches, config, mesh)

@@ -167,6 +167,8 @@ def images_reader(config: ConfigDict, mesh: Mesh) -> Callable[[Tree], Tree]:
       ValueError: if they do not lie there, or another tower made the tokens.
     """
     takes = list(first_frame.parts_of(config.model))
+    if not takes:
+        return lambda batch: {}
     if config.data.source != "latents":
         looker = pipeline.looker_of(config.to_dict())
         if looker is None:
@@ -254,10 +256,11 @@ def previews_of(config: ConfigDict, tokenizer: Any, held_out: Loader, mesh: Mesh
         return Previews([], [])
     if begins_with_image(config):
         numbers = state_lib.to_mesh({"index": held_out.batch_at(0)["index"].astype(np.int32)}, mesh)["index"]
-        everything = list(held_out.captions())
-        captions = [everything[number] for number in checkpoint.on_host(numbers)]
+        captions = [held_out.caption_of(int(number)) for number in checkpoint.on_host(numbers)]
     elif not config.sample.previews:
         captions = list(dict.fromkeys(itertools.islice(held_out.captions(), 64)))
+    if config.sample.negative and (problem := tokenizer.problem(config.sample.negative)):
+        raise ValueError(f"sample.negative: {problem} Give another, or none: --config.sample.negative=")
     if config.sample.previews:
         for prompt in config.sample.previews:
             problem = tokenizer.problem(prompt)

@@ -22,7 +22,6 @@ images, of a network that begins with one: a clip's image is its own first frame
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -295,14 +294,15 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
         batches.step = first_step
         only_batch = batches.batch_at(0) if config.overfit else None
         skips = state_lib.Skips(config.max_skipped, state.num_skipped)
+        write_report = state_lib.reporter(batches, checkpoints, workdir, mesh)
         with Telemetry(
             workdir,
             num_steps=config.total_steps,
             first_step=first_step,
             profile=(config.profile.first_step, config.profile.num_steps),
         ) as telemetry:
-            report = state_lib.write_report(batches.report, workdir)
-            telemetry.say(report)
+            report = write_report()
+            telemetry.say(str(report))
             num_params = sum(leaf.size for leaf in jax.tree.leaves(state.ema))
             telemetry.say(f"{num_params:,} parameters, a vocabulary of {len(config.text.words)} words")
             if fresh:
@@ -326,7 +326,7 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
                 if leaving or is_due(done, config.checkpoint_every, config.total_steps):
                     skips.check(batches)  # a run that must stop would stop again after this step
                     with telemetry.timed("save"):
-                        position = {**batches.position, "step": done}
+                        position = {**batches.position, "step": done, "replaced": write_report().replacements}
                         checkpoints.save(done, state_lib.to_save(state), position=position, config=settings)
                         telemetry.bring()
                 if leaving:
@@ -342,8 +342,8 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
                         telemetry.preview(done, "samples", videos, captions=previews.prompts)
 
             # Finish.
-            if (skipped_since := state_lib.write_report(batches.report, workdir)) != report:
-                telemetry.say(skipped_since)
+            if (skipped_since := write_report()) != report:
+                telemetry.say(str(skipped_since))
             with telemetry.timed("export"):
                 model = {**coder_params, **state.ema}
                 if config.lora.rank:
@@ -495,4 +495,4 @@ def words_of(
                 f"start_from={config.start_from!r} in their order."
             )
         return start.words
-    return words or collect_words(itertools.islice(batches.captions(), MAX_CAPTIONS))
+    return words or collect_words(batches.captions(MAX_CAPTIONS))

@@ -100,6 +100,7 @@ def _nothing_made_yet() -> Iterator[Callable[[], None]]:
         yield made_some
     finally:
         signal.set_wakeup_fd(before)
+        tell.shutdown(socket.SHUT_WR)  # closing is not enough where a forked child has it, too
         tell.close()
         listener.join()
         heard.close()

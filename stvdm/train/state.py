@@ -65,10 +65,17 @@ def open_batches(config: ConfigDict, mesh: Mesh) -> tuple[Loader, Loader]:
     """The training batches of ``config.data``, and those of held-out clips: this process's rows of them.
 
     Raises:
-      ValueError: if the processes do not all find the same data.
+      ValueError: if a batch is not whole on each device in each micro-batch, or the processes do not all find the same
+        data.
     """
     data = config.data
     num_shards, shards = shards_here(mesh)
+    for *_, batch, _ in data.buckets:  # `config.validate` does not know how many devices -1 stands for
+        if batch % (num_shards * config.optimizer.accumulate):
+            raise ValueError(
+                f"data.buckets batch={batch}: expected a multiple of mesh data x fsdp x optimizer.accumulate = "
+                f"{num_shards} x {config.optimizer.accumulate}, so that no device is without clips of a micro-batch."
+            )
     train, held_out = configured_sources(data, seed=config.seed)
 
     def batches(source: Source, buckets: Any, num_workers: int) -> Loader:
@@ -164,12 +171,34 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], *, prefi
     return lines
 
 
-def write_report(report: SkipReport, workdir: epath.Path) -> str:
-    """Leaves in ``workdir/data.json`` which clips were used, skipped or replaced, and why; returns it for people."""
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "data.json").write_text(json.dumps(report.to_json(), indent=1))
-    return str(report)
+def reporter(batches: Loader, checkpoints: Checkpoints, workdir: epath.Path, mesh: Mesh) -> Callable[[], SkipReport]:
+    """A function that leaves in ``workdir/data.json``, and returns, which clips were used, skipped or replaced and why,
+    since the run began, in all processes; they call it together.
+
+    What was replaced until a checkpoint is the "replaced" of its position; read again after a restart, it counts once.
+    """
+    before = {} if checkpoints.latest is None else checkpoints.position().get("replaced", {})
+    _, shards = shards_here(mesh)
+
+    def write() -> SkipReport:
+        report = SkipReport(batches.report.num_found, batches.report.skipped)
+        of_rows = {str(rows): counts for rows, counts in _of_all([shards, batches.report.replacements])}
+        for counts in (before, *of_rows.values()):  # processes that share examples read the same rows
+            report.merge(SkipReport(**counts))
+        if jax.process_index() == 0:
+            workdir.mkdir(parents=True, exist_ok=True)
+            (workdir / "data.json").write_text(json.dumps(report.to_json(), indent=1))
+        return report
+
+    return write
+
+
+def _of_all(content: Any) -> list[Any]:
+    """What each process has to say, as JSON; all of them call it together."""
+    text = json.dumps(content).encode()
+    length = int(np.max(multihost_utils.process_allgather(np.int32(len(text)))))
+    padded = np.frombuffer(text.ljust(length), np.uint8)
+    return [json.loads(row.tobytes()) for row in multihost_utils.process_allgather(padded).reshape(-1, length)]
 
 
 class Skips:

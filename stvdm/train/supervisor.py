@@ -74,7 +74,8 @@ def beat(started_from: int = NOT_BEGUN) -> None:
 def join() -> None:
     """Joins the other processes of the job, if the environment says that there are any; before JAX looks for devices.
 
-    It waits for them longer than a supervisor lets a frozen one be: until that one is started again too.
+    It waits for them longer than a supervisor lets a frozen one be: until that one is started again too. Once all are
+    there it beats: what comes next has its own time.
 
     Raises:
       ValueError: if STVDM_COORDINATOR is set and what it needs is not.
@@ -102,6 +103,7 @@ def join() -> None:
         jax.distributed.initialize(**settings)
     else:
         jax.distributed.initialize(coordinator, num_processes=place[0], process_id=place[1], **settings)
+    beat()
 
 
 def leave_at_once(status: int) -> None:

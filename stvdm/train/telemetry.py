@@ -89,14 +89,13 @@ class Telemetry:
         self._first_step = self._last_step = self._step = first_step
         self._work: dict[Any, Mapping[str, float]] = {}  # of a step, for each shape of batch
         self._done: dict[str, float] = {}  # since the last record: steps that were not compiled, and their work
+        self._num_new = 0  # and how many were
         self._profile = range(profile[0], sum(profile)) if self._writes else range(0)
         self._is_profiling = False
         self._last_time = self._last_copy = time.monotonic()
         supervisor.beat(first_step)
         if not self._writes:
             return
-
-        import tensorboardX
 
         self._is_temporary = staging is None and "://" in str(workdir)
         if self._is_temporary:
@@ -117,7 +116,7 @@ class Telemetry:
                 record = json.loads(line)
                 self._past.add(record["step"], record["wall"], _seconds_of(record))
         self._past.forget_after(first_step)
-        self._board = tensorboardX.SummaryWriter(str(self._local / "tensorboard"), purge_step=first_step or None)
+        self._board = _Board(self._local / "tensorboard", first_step)
 
     @contextlib.contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -150,9 +149,13 @@ class Telemetry:
             jax.profiler.StepTraceAnnotation("train", step_num=self._step),
         ):
             if is_new:
+                self.say(f"compiling the step for {', '.join(f'{name} {shape}' for name, shape in shapes)}")
                 self._work[shapes] = work(batch)
             yield
+            if is_new:  # a step is only dispatched by now; its first run waits for the compilers of other processes
+                jax.block_until_ready(jax.live_arrays())
         self._step += 1
+        self._num_new += is_new
         if not is_new:
             for name, amount in {"steps": 1.0, **self._work[shapes]}.items():
                 self._done[name] = self._done.get(name, 0.0) + amount
@@ -179,7 +182,8 @@ class Telemetry:
         if num_done > 0:
             elapsed, seconds, data_max, memory = _agreed(elapsed, self._seconds)
             busy = max(elapsed - seconds.get("compile", 0.0), 1e-9)  # compiling happens once: it is no rate
-            record["steps_per_second"] = _short(num_done / busy)
+            if num_done > self._num_new:
+                record["steps_per_second"] = _short((num_done - self._num_new) / busy)
             record |= self._rates(elapsed - sum(seconds.get(what, 0.0) for what in ("compile", "save", "evaluate")))
             record |= {f"seconds/{what}": round(spent, 4) for what, spent in seconds.items()}
             if data_max is not None:
@@ -192,13 +196,11 @@ class Telemetry:
             with self._explained():
                 self._metrics.write(json.dumps(record, allow_nan=False) + "\n")
                 self._metrics.flush()
-            for name, value in record.items():
-                if name not in ("step", "wall"):
-                    self._board.add_scalar(name, math.nan if value is None else value, step)
+                self._board.scalars(step, {name: record[name] for name in record if name not in ("step", "wall")})
         if self._stream is not None:
             print(self._progress_line(record, values, elapsed), file=self._stream, flush=True)
         if num_done > 0:
-            self._last_step, self._last_time, self._seconds, self._done = step, now, {}, {}
+            self._last_step, self._last_time, self._seconds, self._done, self._num_new = step, now, {}, {}, 0
         self._copy()
         return record
 
@@ -227,7 +229,7 @@ class Telemetry:
         with self._explained():
             path.parent.mkdir(parents=True, exist_ok=True)
             sheet.save(path)
-        self._board.add_image(f"previews/{name}", np.asarray(sheet), step, dataformats="HWC")
+            self._board.image(step, f"previews/{name}", np.asarray(sheet))
         self._copy()
 
     def bring(self) -> None:
@@ -332,6 +334,44 @@ class Telemetry:
             )
             return False
         return True
+
+
+class _Board:
+    """Events for TensorBoard, each in its file before the call ends.
+
+    tensorboardX's SummaryWriter has a thread for that. Where a disk is full the thread dies, nobody hears of it, and
+    the eleventh event after it waits for ever for room in the queue.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        from tensorboardX import event_file_writer
+        from tensorboardX.proto import event_pb2
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = event_file_writer.EventsWriter(str(folder / "events"))
+        if first_step:  # what an earlier run wrote of later steps is hidden
+            self._write(first_step, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+
+    def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
+        from tensorboardX import summary
+
+        for name, value in values.items():
+            self._write(step, summary=summary.scalar(name, math.nan if value is None else value))
+        self._file.flush()
+
+    def image(self, step: int, name: str, picture_HWC: np.ndarray) -> None:
+        from tensorboardX import summary
+
+        self._write(step, summary=summary.image(name, picture_HWC, dataformats="HWC"))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, step: int, **what: Any) -> None:
+        from tensorboardX.proto import event_pb2
+
+        self._file.write_event(event_pb2.Event(wall_time=time.time(), step=step, **what))
 
 
 class _Past:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from stvdm import sharding
 from stvdm.models import autoencoder3d, causal_conv
 from stvdm.models.autoencoder3d import Autoencoder
 
@@ -164,6 +165,21 @@ def test_streamed_equals_whole(grouping, convolution):
         assert len(parts) == (4 if chunks == 1 else len(chunks))
 
 
+@pytest.mark.parametrize("name", ["encode", "decode"])
+def test_weights_on_the_host_go_to_the_device_once_a_stream(monkeypatch, name):
+    model, params, video = make("frame")
+    given, seen = {"encode": video, "decode": jnp.zeros((2, 4, 2, 3, 3))}[name], []
+    chunk = getattr(autoencoder3d, f"{name}_chunk")
+    monkeypatch.setattr(
+        autoencoder3d, f"{name}_chunk", lambda model, params, *rest: seen.append(params) or chunk(model, params, *rest)
+    )
+    list(getattr(autoencoder3d, f"stream_{name}")(model, jax.tree.map(np.asarray, params), given))
+    assert len(seen) == 4 and all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(seen))
+    assert len({id(leaf) for leaf in jax.tree.leaves(seen)}) == len(jax.tree.leaves(params))
+    monkeypatch.setattr(jax, "device_put", lambda *_: pytest.fail("arrays that are on other hosts, too, can't be put"))
+    list(getattr(autoencoder3d, f"stream_{name}")(model, params, given))
+
+
 def test_the_cache_is_a_tree_of_arrays_of_constant_shape():
     model, params, video = make()
     latent, _ = encode(model, params, video)
@@ -214,6 +230,32 @@ def test_convolution_is_xlas_3d_convolution(monkeypatch, backend, kernel, stride
         x, w, stride, ((0, 0), space, space), dimension_numbers=("NDHWC", "DHWIO", "NDHWC"), precision="highest"
     )
     np.testing.assert_allclose(causal_conv._convolve(x, w, stride), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "mesh, size, stride",
+    [
+        (dict(context=4, tensor=2), (4, 8), 1),  # rows are too few to be split, columns are not
+        (dict(context=2, tensor=4), (8, 4), 1),
+        (dict(data=2, context=2, tensor=2), (2, 8), 1),
+        (dict(context=4, tensor=2), (8, 16), 2),
+        (dict(context=4, tensor=2), (12, 20), 2),
+    ],
+    ids=str,
+)
+def test_gradients_of_a_convolution_on_a_mesh_are_those_of_one_device(mesh, size, stride):
+    x = jax.random.normal(jax.random.key(0), (2, 4, *size, 3))
+    w = jax.random.normal(jax.random.key(1), (3, 3, 3, 3, 4))
+
+    def loss(x, w):
+        return jnp.sin(causal_conv._convolve(x, w, (1, stride, stride))).sum()
+
+    gradients = jax.grad(loss, argnums=(0, 1))
+    expected = jax.jit(gradients)(x, w)
+    with jax.set_mesh(sharding.make_mesh(**mesh)):
+        found = jax.jit(gradients)(x, w)
+    for here, there in zip(found, expected, strict=True):
+        np.testing.assert_allclose(here, there, atol=1e-5 * np.abs(there).max())
 
 
 def test_norm_is_l2_over_channels_times_sqrt_and_has_a_finite_slope_at_zero():

@@ -31,6 +31,17 @@ def test_hidden_states_and_features_are_those_of_transformers(tmp_path):
     assert foreign.error(seen.features_BD, GOLDEN["outputs"]["features"]) < TOLERANCE
 
 
+def test_published_files_have_other_names_for_two_biases(tmp_path):
+    """As transformers saved them before its version 5, and reads them still."""
+    source = foreign.weights(GOLDEN["shapes"])
+    before = {name.replace("query.bias", "q_bias").replace("value.bias", "v_bias"): a for name, a in source.items()}
+    assert before.keys() != source.keys()
+    save_file(before, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(foreign.VIDEOMAE))
+    seen = applied(*judges.videomae(tmp_path))
+    assert foreign.error(seen.features_BD, GOLDEN["outputs"]["features"]) < TOLERANCE
+
+
 def test_the_encoder_alone_has_its_norm_before_the_mean(tmp_path):
     save_file(foreign.weights(GOLDEN["shapes_norm_first"]), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(foreign.VIDEOMAE))

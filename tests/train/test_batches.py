@@ -26,6 +26,8 @@ def test_clips_that_the_patches_do_not_divide_are_refused(dit_config, tmp_path):
 def test_previews_are_prompts_it_can_read_or_held_out_captions(dit_config, tmp_path, one_device):
     with pytest.raises(ValueError, match=r"sample.previews: prompt 'a giraffe': the model never saw .*'\(\)'"):
         dit.main(dit_config(total_steps=1, sample__previews=("a giraffe",)), tmp_path)
+    with pytest.raises(ValueError, match=r"sample.negative: prompt 'blurry': the model never saw .*negative="):
+        dit.main(dit_config(total_steps=1, sample__negative="blurry"), tmp_path)
     dit.main(dit_config(total_steps=1, sample__previews=(), eval_every=1, eval_batches=1), tmp_path)
     assert (tmp_path / "previews" / "samples-00000001.png").exists()
 

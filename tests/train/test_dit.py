@@ -12,6 +12,8 @@ from runs import losses_and_gradients
 
 from stvdm import checkpoint, sharding
 from stvdm import config as base
+from stvdm.data import kinetic_shapes
+from stvdm.data.loader import KineticShapes, make_loader
 from stvdm.models import lora
 from stvdm.sampling.pipeline import Pipeline
 from stvdm.train import autoencoder, dit
@@ -116,6 +118,14 @@ def test_a_change_since_the_checkpoint_is_said(dit_config, tmp_path, one_device,
     assert "goes on from step 1" in said
 
 
+def test_the_vocabulary_is_of_clips_from_everywhere(dit_config, monkeypatch):
+    monkeypatch.setattr(dit, "MAX_CAPTIONS", 4)
+    worlds = [kinetic_shapes.World(colours=(colour,), num_things=(1.0,), held_out=0.0) for colour in ("red", "blue")]
+    sources = [KineticShapes(num_clips=20, world=world) for world in worlds]
+    batches = make_loader(sources, buckets=[(5, 8, 8, 4)], seed=0)
+    assert {"red", "blue"} <= set(dit.words_of(dit_config(), None, None, batches))
+
+
 def test_the_workdir_of_the_other_training_is_refused(dit_config, autoencoder_config, tmp_path, one_device):
     autoencoder.main(autoencoder_config(total_steps=1), tmp_path)
     with pytest.raises(ValueError, match="are of kind 'autoencoder': expected 'dit'"):
@@ -164,7 +174,9 @@ def test_where_a_training_may_start_from(dit_config, autoencoder_config, tiny_mo
         dit.main(dit_config(start_from=str(tiny_model), text__words=("red",)), tmp_path / "c")
 
 
-@pytest.mark.parametrize(("text_path", "padding"), [("cross", "masked"), ("joint", "zeros")])
+@pytest.mark.parametrize(
+    ("text_path", "padding"), [("cross", "masked"), pytest.param("joint", "zeros", marks=pytest.mark.slow)]
+)
 def test_a_published_tower_reads_before_each_step_or_once_for_all(
     text_path, padding, tower_config, tower, tmp_path, one_device, monkeypatch
 ):
@@ -227,7 +239,9 @@ def test_adapters_are_trained_beside_weights_that_stay(lora_config, tiny_model, 
     np.testing.assert_allclose(made(tmp_path / "merged"), tuned, atol=1e-4 * np.abs(tuned).max())
 
 
-@pytest.mark.parametrize("mesh", [dict(fsdp=4, tensor=2), dict(data=2, fsdp=2, context=2)], ids=str)
+@pytest.mark.parametrize(
+    "mesh", [pytest.param(dict(fsdp=4, tensor=2), marks=pytest.mark.slow), dict(data=2, fsdp=2, context=2)], ids=str
+)
 def test_adapters_that_are_split_train_as_whole_ones(mesh, lora_config, tmp_path, anywhere, monkeypatch):
     kept = []
     monkeypatch.setattr(

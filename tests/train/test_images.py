@@ -123,7 +123,7 @@ def test_it_overfits_one_batch_and_what_it_leaves_makes_clips_from_images(kind, 
             made.generate(["a blue square grows"])
 
 
-@pytest.mark.parametrize("kind", ["i2v", "ti2v"])
+@pytest.mark.parametrize("kind", ["i2v", pytest.param("ti2v", marks=pytest.mark.slow)])
 def test_adapters_are_trained_on_what_lies_beside_latents(kind, image_config, stored, tmp_path, one_device):
     ready = stored(kind, {})
     with pytest.MonkeyPatch.context() as patch:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """SIGTERM while nothing has been made, even inside the compiler; and after a step. Real signals, a process each."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -34,10 +35,13 @@ def test_it_leaves_at_once_while_the_first_step_compiles(tmp_path):
     (tmp_path / "child.py").write_text(CHILD)
     command = [sys.executable, str(tmp_path / "child.py")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
-        assert child.stdout.readline() == "compiling\n"
-        time.sleep(1)  # to be in the compiler; before it the same holds
-        child.terminate()
-        said, error = child.communicate(timeout=60)  # until nobody has its output: what read clips for it has gone too
+        try:
+            assert child.stdout.readline() == "compiling\n"
+            time.sleep(1)  # to be in the compiler; before it the same holds
+            child.terminate()
+            said, error = child.communicate(timeout=60)  # till nobody has its output: what read clips for it went too
+        finally:
+            child.kill()
     assert (child.returncode, said) == (supervisor.RESUME, ""), error
     assert "nothing to save" in error
 
@@ -50,6 +54,20 @@ def test_after_a_step_it_is_asked_to_save():
         assert must_leave(2)
     assert signal.getsignal(signal.SIGTERM) is before
     assert signal.set_wakeup_fd(-1) == -1
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:RuntimeWarning", "ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_that_lives_on_keeps_nobody_waiting():
+    with preemption.watch():
+        child = os.fork()
+        if child == 0:
+            try:
+                time.sleep(60)
+            finally:  # whatever comes, it does not go on with these tests
+                os._exit(0)
+    assert os.waitpid(child, os.WNOHANG) == (0, 0)  # it does live on
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
 
 
 def test_leaving_waits_for_the_save_and_says_what_to_do():

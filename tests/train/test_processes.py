@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two and four processes train as one device does, whatever the mesh and the attention."""
 
+import json
+
 import numpy as np
 import pytest
 from runs import NUM_DEVICES, finish, losses_and_gradients, moments
@@ -76,6 +78,21 @@ def test_a_run_goes_on_in_more_processes_and_in_fewer_on_another_mesh(config, al
         part.total_steps = steps
         finish(tmp_path / "run", part, kind="dit", num_processes=num_processes, anywhere=True)
     assert_same(tmp_path / "run", expected)
+
+
+def test_clips_that_were_replaced_are_counted_once_by_all_processes_and_over_restarts(config, tmp_path):
+    def replaced(name):
+        return json.loads((tmp_path / name / "data.json").read_text())["num_replaced"]
+
+    broken, whole = list(range(0, 64, 3)), config(dict(data=1))
+    whole.total_steps = 4
+    finish(tmp_path / "whole", whole, kind="dit", num_processes=1, num_devices=1, broken=broken)
+    assert sum(replaced("whole").values()) > 5
+    for steps, mesh in ((2, "fsdp"), (4, "context-tensor")):  # in the second, both processes read all rows
+        part = config(MESHES[mesh])
+        part.total_steps = steps
+        finish(tmp_path / "parts", part, kind="dit", broken=broken)
+    assert replaced("parts") == replaced("whole")
 
 
 def test_two_processes_evaluate_preview_and_leave_one_model(config, alone, tmp_path):

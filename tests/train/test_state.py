@@ -2,6 +2,7 @@
 """The update, the optimisers and the streams of randomness that both trainers stand on."""
 
 import functools
+import json
 import types
 
 import flax.linen as nn
@@ -14,6 +15,7 @@ import pytest
 from stvdm import config as base
 from stvdm import sharding
 from stvdm.checkpoint import Checkpoints
+from stvdm.data.folder import SkipReport
 from stvdm.train import split_weights
 from stvdm.train import state as state_lib
 
@@ -257,6 +259,22 @@ def test_processes_that_find_other_data_say_so(monkeypatch):
         state_lib._check_all_find(position)
 
 
+def test_what_was_replaced_counts_in_all_processes_and_over_restarts(tmp_path, monkeypatch):
+    mesh, report = sharding.make_mesh(), SkipReport(num_found=3, skipped={"c.mp4": "empty"})
+    batches = types.SimpleNamespace(report=report)
+    position = {"step": 7, "replaced": {"num_replaced": {"a.mp4": 2}, "reasons": {"a.mp4": "gone"}}}
+    saved = types.SimpleNamespace(latest=7, position=lambda: position)
+    write = state_lib.reporter(batches, saved, tmp_path / "run", mesh)
+    report.replaced("a.mp4", "gone too")
+    first = write()
+    assert first == write()  # asked again, it counts nothing again
+    found = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert (found["num_used"], found["num_replaced"]) == (2, {"a.mp4": 3})
+    other = {"num_replaced": {"a.mp4": 1, "b.mp4": 1}, "reasons": {"a.mp4": "gone", "b.mp4": "cut"}}
+    monkeypatch.setattr(state_lib, "_of_all", lambda mine: [mine, [[5], other], [[5], other]])  # two read the same rows
+    assert write().num_replaced == {"a.mp4": 4, "b.mp4": 1}
+
+
 def _program(name="adamw", **changes):
     optimizer, _ = state_lib.make_optimizer(_settings(name, **changes), total_steps=10)
     return state_lib.Program(lambda: Net().init(jax.random.key(0), X)["params"], optimizer, None, None, None, None)
@@ -388,6 +406,16 @@ def test_what_is_not_trained_stays_has_no_moments_and_no_say_in_clipping(name):
     np.testing.assert_array_equal(after.params["layers"]["kernel"], state.params["layers"]["kernel"])
     assert not np.array_equal(after.params["kernel"], state.params["kernel"])
     assert (2, 8, 8) not in {leaf.shape for leaf in jax.tree.leaves(state.opt_state)}
+
+
+def test_micro_batches_that_leave_devices_idle_are_refused():
+    """Where data is -1 a config does not say how many devices share a batch."""
+    config = base.autoencoder()
+    config.data.buckets = ((5, 16, 16, 8, 1.0), (9, 16, 16, 4, 1.0))
+    config.optimizer.accumulate = 2
+    base.validate(config)
+    with pytest.raises(ValueError, match=r"batch=4: expected a multiple of .* = 4 x 2, so that no device"):
+        state_lib.open_batches(config, sharding.make_mesh(data=-1, context=2))
 
 
 def test_training_nothing_is_refused():

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a trainer writes can be read again, by people and by strict JSON readers, after any kind of end."""
 
+import errno
 import io
 import json
 import math
@@ -9,6 +10,7 @@ import re
 import shutil
 import tempfile
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -142,9 +144,27 @@ def test_rates_are_of_training_alone_and_each_shape_counts_its_own_work(tmp_path
     assert record["tflops_per_device"] == 24 * 8 / 12 / 8  # of eight devices
     assert record["mfu"] == record["tflops_per_device"] / 2
     assert "2 TFLOP/s a device  MFU 100%" in stream.getvalue()
+    said = [line for line in stream.getvalue().splitlines() if "compiling" in line]
+    assert said == ["compiling the step for video (4, 5)", "compiling the step for video (16, 1)"]
     with telemetry.step(video, _work):
         clock.now += 2
     assert telemetry.record(6, {"loss": 1.0})["clips_per_second"] == 2  # the next interval starts from nothing
+
+
+def test_the_first_run_of_a_program_is_no_part_of_a_rate(tmp_path):
+    """It is dispatched, and goes on after the call has returned."""
+    slow = jax.jit(lambda x: jax.lax.fori_loop(0, 40, lambda _, x: jnp.tanh(x @ x), x))
+    with Telemetry(tmp_path, num_steps=2, stream=None) as telemetry:
+        with telemetry.step({"x": np.zeros(1)}, lambda batch: {}):
+            x = slow(jnp.ones((400, 400)))
+            assert not x.is_ready()
+        assert x.is_ready()
+        first = telemetry.record(1, {"x": x[0, 0]})
+        with telemetry.step({"x": np.zeros(1)}, lambda batch: {}):
+            x = slow(x)
+        second = telemetry.record(2, {"x": x[0, 0]})
+    assert "step_seconds" not in first and "steps_per_second" not in first
+    assert second["steps_per_second"] > 0
 
 
 def test_a_device_whose_peak_is_not_known_has_no_mfu(tmp_path, clock):
@@ -270,6 +290,23 @@ def test_tensorboard_holds_the_scalars(tmp_path):
     assert b"a_name_to_find" in events
 
 
+def test_steps_that_are_done_again_hide_what_was_said_of_them(tmp_path):
+    from tensorboardX.proto import event_pb2
+
+    with Telemetry(tmp_path, num_steps=5, first_step=3, stream=None) as telemetry:
+        telemetry.record(4, {"loss": 1.0, "none": math.nan})
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    data, events = file.read_bytes(), []
+    while data:
+        length = int.from_bytes(data[:8], "little")
+        events.append(event_pb2.Event.FromString(data[12 : 12 + length]))
+        data = data[16 + length :]
+    assert events[0].file_version == "brain.Event:2"
+    assert (events[1].step, events[1].session_log.status) == (3, event_pb2.SessionLog.START)
+    values = {event.summary.value[0].tag: event.summary.value[0].simple_value for event in events[2:]}
+    assert values["loss"] == 1.0 and math.isnan(values["none"]) and {event.step for event in events[2:]} == {4}
+
+
 def test_staging_ends_up_in_the_workdir_and_continues_it(tmp_path, clock):
     """What an object store gets: whole files, no appending."""
     workdir = tmp_path / "bucket"
@@ -302,6 +339,19 @@ def test_a_full_disk_is_named_with_what_to_do(tmp_path):
     telemetry._metrics = open("/dev/full", "w")  # noqa: SIM115
     said = re.escape(str(tmp_path)) + ": No space left on device; .* MiB are free there. Make room"
     with pytest.raises(OSError, match=said), telemetry:
+        telemetry.record(1, {"loss": 1.0})
+
+
+def test_a_disk_that_is_full_for_tensorboard_alone_is_named_too(tmp_path, monkeypatch):
+    """The thread of tensorboardX's own writer died of it, and then the run waited for ever."""
+    from tensorboardX import record_writer
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    telemetry = Telemetry(tmp_path, num_steps=4, stream=None)
+    monkeypatch.setattr(record_writer.RecordWriter, "write", full)
+    with pytest.raises(OSError, match=r"No space left on device; .* Make room"), telemetry:
         telemetry.record(1, {"loss": 1.0})
 
 

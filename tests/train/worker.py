@@ -2,7 +2,8 @@
 """One process of a run, for tests that end it badly: worker.py RUN.json PROCESS_ID.
 
 RUN.json: {"kind", "config" (all of it), "workdir", "num_processes", "port", "devices" (of each process),
-"seconds" (that each batch takes, so that there is time to interfere), "anywhere" (start from random weights)}.
+"seconds" (that each batch takes, so that there is time to interfere), "anywhere" (start from random weights), "broken"
+(numbers of clips that can't be read)}.
 """
 
 import json
@@ -29,13 +30,14 @@ if run["num_processes"] > 1:
 import runs  # noqa: E402
 
 from stvdm import config as base  # noqa: E402
-from stvdm.data.loader import Loader  # noqa: E402
+from stvdm.data.loader import KineticShapes, Loader  # noqa: E402
+from stvdm.data.video import BadVideo  # noqa: E402
 from stvdm.train import autoencoder, dit  # noqa: E402
 
 config = {"autoencoder": base.autoencoder, "dit": base.dit}[run["kind"]]().unlock()
 config.update(run["config"])
 
-draw = Loader.__next__
+draw, read = Loader.__next__, KineticShapes.read
 
 
 def slow_draw(self):
@@ -43,7 +45,13 @@ def slow_draw(self):
     return draw(self)
 
 
-Loader.__next__ = slow_draw
+def read_whole(self, index, **how):
+    if index in run.get("broken", ()):
+        raise BadVideo("broken", f"clip {index}")
+    return read(self, index, **how)
+
+
+Loader.__next__, KineticShapes.read = slow_draw, read_whole
 if run.get("anywhere"):
     program = dit.program
     dit.program = lambda config, coder: runs.anywhere(program(config, coder))
