@@ -95,7 +95,8 @@ def preprocess(
         host does not wait for them.
 
     Raises:
-      ValueError: if `directory` holds other data or settings, no clip can be read, or a latent is not finite.
+      ValueError: if `directory` holds other data or settings, no clip can be read, nor `loader.MAX_REPLACEMENTS` in a
+        row, or a latent is not finite.
     """
     if dtype not in ("float16", "float32"):
         raise ValueError(f"dtype={dtype!r}: expected 'float16' or 'float32', so choose one of them")
@@ -141,6 +142,8 @@ def preprocess(
         wait()
     report = getattr(source, "report", SkipReport(num_found=len(source))).to_json()
     said = {**(about or {}), "source": source.fingerprint, "source_report": report, "seed": seed, "dtype": dtype}
+    if hasattr(source, "fps"):
+        said["fps"] = source.fps
     return records.finish(directory, num_shards=num_shards, about=said)
 
 
@@ -160,21 +163,28 @@ def _encoded(
         bucket, example, number = clip
         rng = np.random.default_rng([seed, *bucket.shape, example, number])
         try:
-            return loader.read_clip(source, example, bucket, rng)
+            return {**loader.read_clip(source, example, bucket, rng), "origin": example}
         except BadVideo as error:
             return BadVideo(error.reason, error.name or f"example {example}")
 
     groups = [list(group) for _, group in itertools.groupby(clips, key=lambda clip: clip[0])]
     batches = [group[k : k + batch_size] for group in groups for k in range(0, len(group), batch_size)]
-    ahead = [pool.submit(load, clip) for clip in batches[0]]
+    ahead, in_a_row = [pool.submit(load, clip) for clip in batches[0]], 0
     for following in [*batches[1:], []]:
         current, ahead = ahead, [pool.submit(load, clip) for clip in following]
         examples = []
         for result in (future.result() for future in current):
-            if isinstance(result, BadVideo):  # counted and named, and the rest goes on
-                skipped[result.name] = result.reason
-            else:
+            if not isinstance(result, BadVideo):
+                in_a_row = 0
                 examples.append(result)
+                continue
+            skipped[result.name] = result.reason  # counted and named, and the rest goes on
+            in_a_row += 1
+            if in_a_row == loader.MAX_REPLACEMENTS:  # a disk that is gone: no empty shard is to count as made
+                raise ValueError(
+                    f"{in_a_row} clips in a row could not be read, the last as {result}: look at the data, and give "
+                    "the same command again to go on."
+                )
         if examples:
             yield from _encode_batch(encoders, examples, batch_size, dtype)
 
@@ -205,4 +215,5 @@ def _encode_batch(
                     f"{name} of {example['caption']!r}: not finite as {dtype} (largest {np.abs(value).max():.3g}), so "
                     f"use dtype='float32' or look at {maker}"
                 )
-        yield {**stored, "shape": list(example["video"].shape[:3]), "caption": example["caption"]}
+        told = {name: example[name] for name in ("caption", "origin")}
+        yield {**stored, "shape": list(example["video"].shape[:3]), **told}

@@ -39,6 +39,7 @@ def test_latents_are_those_of_the_clips(tmp_path):
     metadata = run(tmp_path, encoder, about={"checkpoint": "abc"})
     assert metadata["count"] == 14
     assert metadata["about"]["checkpoint"] == "abc"
+    assert metadata["about"]["fps"] == 8.0
     assert encoder.shapes == {(3, 5, 16, 16, 3), (3, 1, 16, 24, 3)}  # two compilations, also for the odd ends
     source, videos = RecordSource(tmp_path), KineticShapes(num_clips=7)
     for k in range(14):
@@ -96,6 +97,22 @@ def test_clips_that_cannot_be_read_are_left_out_and_named(tmp_path):
     metadata = run(tmp_path, Encoder(), Flaky(num_clips=7))
     assert metadata["count"] == 12
     assert metadata["skipped"] == {"four.mp4": "a damaged frame in it"}
+
+
+def test_a_disk_that_goes_ends_the_run_which_then_goes_on(tmp_path):
+    class Mounted(KineticShapes):
+        is_there = False
+
+        def read(self, index, **shape):
+            if index >= 20 and not self.is_there:
+                raise BadVideo("No such file or directory", f"{index}.mp4")
+            return super().read(index, **shape)
+
+    source, options = Mounted(num_clips=100), {"buckets": [(1, 8, 8)], "examples_per_shard": 90}
+    with pytest.raises(ValueError, match="64 clips in a row could not be read, the last as 83.mp4: No such file"):
+        run(tmp_path, Encoder(), source, **options)
+    source.is_there = True
+    assert run(tmp_path, Encoder(), source, **options)["count"] == 100
 
 
 def test_several_clips_of_each_example_differ(tmp_path):

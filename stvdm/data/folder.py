@@ -59,6 +59,11 @@ class SkipReport:
     def num_used(self) -> int:
         return self.num_found - len(self.skipped)
 
+    @property
+    def replacements(self) -> dict[str, Any]:
+        """What grows while it is read, as JSON, of which another report can be made."""
+        return {"num_replaced": dict(self.num_replaced), "reasons": dict(self.reasons)}
+
     def replaced(self, name: str, reason: str) -> None:
         """Count one failure while reading."""
         self.num_replaced[name] = self.num_replaced.get(name, 0) + 1
@@ -108,10 +113,11 @@ class FolderSource:
         if not (math.isfinite(fps) and fps > 0):
             raise ValueError(f"fps={fps}: expected above 0, so give the rate that clips are to be read at, e.g. 8")
         captions = _read_captions(self.path)
+        below = (str(file.relative_to(self.path)) for file in self.path.rglob("*") if not file.name.startswith("."))
         found = sorted(
-            str(file.relative_to(self.path))
-            for file in self.path.rglob("*")
-            if file.suffix.lower() in VIDEO_SUFFIXES and not file.name.startswith(".") and file.is_file()
+            name
+            for name in {*below, *captions}  # what captions name may lie behind a link, or elsewhere
+            if Path(name).suffix.lower() in VIDEO_SUFFIXES and (self.path / name).is_file()
         )
         others = sorted(captions.keys() - set(found))
         not_used = {
@@ -182,7 +188,7 @@ def _look_at(
         sidecar = (path / name).with_suffix(".txt")
         caption = captions.get(name, "")
         if not caption and sidecar.is_file():
-            caption = sidecar.read_text("utf-8")
+            caption = sidecar.read_text("utf-8-sig")  # as the metadata: editors on Windows begin with a mark
     except BadVideo as error:
         return error.reason
     except (OSError, UnicodeDecodeError) as error:

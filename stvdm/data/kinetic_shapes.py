@@ -12,11 +12,12 @@ and are placed so that they rarely touch (only the bar hides a thing for long): 
 """
 
 import dataclasses
+import difflib
 import functools
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -121,6 +122,23 @@ class World:
         if problems:
             raise ValueError("World: " + "; ".join(problems))
 
+    @classmethod
+    def of(cls, pairs: Any) -> "World":
+        """Of (field, value) pairs, or a dict; raises ValueError also for an unknown field, and for what is no pairs."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        try:
+            given = dict(pairs)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f'{pairs!r}: expected pairs, as (("pan", 0.0), ("gravity", 2.0))') from error
+        for name in given.keys() - set(known):
+            near = difflib.get_close_matches(str(name), known)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(known)}."
+            raise ValueError(f"World: there is no field {name!r}; {hint}")
+        try:
+            return cls(**given)
+        except TypeError as error:  # e.g. a word for a number
+            raise ValueError(f"World of {given}: {error}") from error
+
 
 def held_out(combination: Combination, world: World = World()) -> bool:
     """Is this (colour, shape, motion) shown by the test split alone? A stable hash, the same for every seed."""
@@ -132,10 +150,13 @@ def sample_scene(seed: int, index: int, *, split: Split = "train", world: World 
     """Scene `index` of a split: pure, so any clip can be made alone, in any order, by any process.
 
     In "train" and "validation" no thing is a held-out combination; in "test" every thing is one where the scene allows
-    it, and at least one always. Raises ValueError for an unknown split, and where the world leaves a split nothing.
+    it, and at least one always. Raises ValueError for an unknown split, a seed below 0, and where the world leaves a
+    split nothing.
     """
     if split not in ("train", "validation", "test"):
         raise ValueError(f"split={split!r}: expected 'train', 'validation' or 'test'.")
+    if seed < 0:
+        raise ValueError(f"seed={seed}: expected a whole number of at least 0.")
     stream = ("train", "validation", "test").index(split)
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, stream, index))))
     count = 1 + int(rng.choice(len(world.num_things), p=world.num_things))

@@ -13,6 +13,7 @@ worlds never mix; writing again what is there costs nothing, and a run that was 
 import dataclasses
 import hashlib
 import json
+import math
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -47,6 +48,8 @@ class KineticShapesConfig(tfds.core.BuilderConfig):
             raise ValueError(
                 f"num_clips={dict(self.num_clips)}: expected at least one clip for some of train, validation, test."
             )
+        if self.seed < 0 or not 0 < self.fps < math.inf:
+            raise ValueError(f"seed={self.seed}, fps={self.fps}: expected a seed of at least 0, and fps above 0.")
         digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:8]
         self.name = f"{self.name}-{digest}"
         self.description = json.dumps(options)

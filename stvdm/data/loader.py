@@ -113,6 +113,8 @@ class StoredKineticShapes:
         self._records = kinetic_shapes_tfds.read(path, split=split)
         info = json.loads((Path(path) / "dataset_info.json").read_text("utf-8"))
         self.fingerprint = _digest([info.get(key) for key in ("name", "configName", "version", "splits")], split)
+        made = json.loads(info["configDescription"])
+        self.fps, self.world = made["fps"], kinetic_shapes.World(**made["world"])
         self.shapes = [self.read(0)["video"].shape[:3]] * len(self._records)
 
     def __len__(self) -> int:
@@ -156,28 +158,31 @@ def configured_sources(data: Any, *, seed: int) -> tuple[Source, Source]:
     train = configured_source(data, seed=seed)
     if data.source == "kinetic_shapes" or data.validation_path:
         return train, configured_source(data, seed=seed, split="validation")
-    held_out = _held_out(members_of([train], bucketing.parse(data.buckets)), share=data.validation_share)
+    members, origins = members_of([train], bucketing.parse(data.buckets)), getattr(train, "origins", None)
+    held_out = _held_out(members, share=data.validation_share, origins=origins)
     if not held_out:
         warnings.warn("too few clips to hold any out: evaluation sees those that are trained on", stacklevel=2)
         return train, train
     return Part(train, sorted(set(range(len(train))) - held_out)), Part(train, sorted(held_out))
 
 
-def _held_out(members: Sequence[np.ndarray | range], *, share: float) -> set[int]:
-    """Every so many-th example of each bucket; each bucket keeps one to train on."""
+def _held_out(members: Sequence[np.ndarray | range], *, share: float, origins: Sequence[int] | None = None) -> set[int]:
+    """Every so many-th example of each bucket, and what is of one origin with it; each bucket keeps one to train on."""
     every = max(2, round(1 / share))
+    of = (lambda index: index) if origins is None else origins.__getitem__
     owners: dict[int, list[int]] = {}
     for k, indices in enumerate(members):
         for index in map(int, indices):
-            owners.setdefault(index, []).append(k)
+            owners.setdefault(of(index), []).append(k)
     left, chosen = [len(indices) for indices in members], set()
     for indices in members:
         for index in map(int, indices[every - 1 :: every] if len(indices) >= every else indices[-1:]):
-            if index not in chosen and all(left[k] > 1 for k in owners[index]):
-                chosen.add(index)
-                for k in owners[index]:
+            origin = of(index)
+            if origin not in chosen and all(left[k] > owners[origin].count(k) for k in owners[origin]):
+                chosen.add(origin)
+                for k in owners[origin]:
                     left[k] -= 1
-    return chosen
+    return {index for indices in members for index in map(int, indices) if of(index) in chosen}
 
 
 def configured_source(data: Any, *, seed: int, split: kinetic_shapes.Split = "train") -> Source:
@@ -185,13 +190,17 @@ def configured_source(data: Any, *, seed: int, split: kinetic_shapes.Split = "tr
     ``path`` has them, or of ``path`` or ``validation_path``.
 
     Raises:
-      ValueError: for another split than "train" of a folder or of latents that names no ``validation_path``, and for a
-        source that is none of these.
+      ValueError: for another split than "train" of a folder or of latents that names no ``validation_path``, for stored
+        kinetic shapes of another rate or world than the config's, latents of another rate, and for a source that is
+        none of these.
     """
-    if data.source == "kinetic_shapes" and data.path:
-        return StoredKineticShapes(data.path, split=split)
+    world = kinetic_shapes.World.of(data.world)  # whatever is read: samples may be judged by it
     if data.source == "kinetic_shapes":
-        world = kinetic_shapes.World(**dict(data.world))
+        if data.path:
+            stored = StoredKineticShapes(data.path, split=split)
+            _check_same("fps", data.fps, stored.fps, data.path)
+            _check_same("world", world, stored.world, data.path)
+            return stored
         return KineticShapes(seed=seed, split=split, num_clips=data.num_clips, fps=data.fps, world=world)
     if split != "train" and not data.validation_path:
         raise ValueError(
@@ -202,8 +211,18 @@ def configured_source(data: Any, *, seed: int, split: kinetic_shapes.Split = "tr
     if data.source == "folder":
         return FolderSource(path, fps=data.fps)
     if data.source == "latents":
-        return RecordSource(path)
+        latents = RecordSource(path)
+        _check_same("fps", data.fps, latents.metadata["about"].get("fps", data.fps), path)  # older ones do not say
+        return latents
     raise ValueError(f"data.source={data.source!r}: expected one of kinetic_shapes, folder, latents.")
+
+
+def _check_same(name: str, here: Any, there: Any, path: str) -> None:
+    if there != here:
+        raise ValueError(
+            f"data.{name}={here!r}: expected that of the clips in {path!r}, since samples are shown and judged by it; "
+            f"they were written with {name}={there!r}"
+        )
 
 
 class Loader:
@@ -231,9 +250,16 @@ class Loader:
         """Where we are, as JSON: all it takes to go on from here, with any number of processes and workers."""
         return {"step": self.step, **self._identity}
 
-    def captions(self) -> Iterator[str]:
-        """The captions of all examples, in the order of the sources."""
-        return (source.caption(index) for source in self._sources for index in range(len(source)))
+    def captions(self, at_most: int | None = None) -> Iterator[str]:
+        """The captions of all examples, in the order of the sources; of more than `at_most` so many, evenly spaced."""
+        total = sum(map(len, self._sources))
+        count = min(total, at_most or total)
+        return (self.caption_of(i * total // count) for i in range(count))
+
+    def caption_of(self, index: int) -> str:
+        """That of one example (the batch's "index")."""
+        source, local = _place_of(self._sources, index)
+        return source.caption(local)
 
     def name_of(self, index: int) -> str:
         """What people call an example: its file, or its number (the batch's "index")."""
@@ -372,9 +398,20 @@ def check_position(saved: Mapping[str, Any], now: Mapping[str, Any]) -> int:
 
 
 def served(source: Source, buckets: Sequence[Any]) -> list[Any]:
-    """Those of a config's buckets that some example fits."""
+    """Those of a config's buckets that some held-out example fits.
+
+    Raises:
+      ValueError: if there is none.
+    """
     members = members_of([source], bucketing.parse(buckets), allow_empty=True)
-    return [bucket for bucket, indices in zip(buckets, members, strict=True) if len(indices)]
+    found = [bucket for bucket, indices in zip(buckets, members, strict=True) if len(indices)]
+    if not found and source.shapes is not None:
+        raise ValueError(
+            f"data.buckets={tuple(buckets)}: none takes one of the {len(source)} held-out clips, the first of which is "
+            f"{'x'.join(map(str, source.shapes[0]))}, so name others as data.validation_path, or none, for a share of "
+            "those that are trained on."
+        )
+    return found
 
 
 def members_of(
@@ -417,14 +454,20 @@ def members_of(
     return [np.asarray(indices, np.int64) for indices in found]
 
 
-def _name_of(sources: Sequence[Source], index: int) -> str:
-    """The file of an example, if its source has files, or its number among those of all sources."""
+def _place_of(sources: Sequence[Source], index: int) -> tuple[Source, int]:
+    """The source of an example, and its number there."""
     start = 0
     for source in sources:
         if index - start < len(source):
-            return source.names[index - start] if hasattr(source, "names") else f"example {index}"
+            return source, index - start
         start += len(source)
     raise IndexError(f"example {index}: there are {start}")
+
+
+def _name_of(sources: Sequence[Source], index: int) -> str:
+    """The file of an example, if its source has files, or its number among those of all sources."""
+    source, local = _place_of(sources, index)
+    return source.names[local] if hasattr(source, "names") else f"example {index}"
 
 
 def _in_no_bucket(

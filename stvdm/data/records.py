@@ -3,7 +3,7 @@
 
     directory/
       00000.array_record   one msgpack map an example: arrays as {dtype, shape, data}; zstd, random access
-      00000.json           count, digest, shapes, captions of that shard; written last: one without it does not count
+      00000.json           count, digest, shapes, captions, origins of that shard; written last: no shard counts without
       ...
       index.npy            (num_examples, 3): frames, height, width of every clip, for its bucket
       metadata.json        kind, schema, count, shards, fingerprint, what the writer says of itself; written at the end
@@ -60,19 +60,21 @@ def write_shard(
       directory: made if it is not there.
       shard: its number, from 0.
       examples: each with "video" (T, H, W, 3), or with "latent" and "shape", the (frames, height, width) of the clip it
-        came from.
+        came from; and with "origin", the number of what several of them are made of, if it is known.
       job: the fingerprint of what is being written; `finished_shards` asks for the same.
       skipped: name -> reason of what was left out; looked at after the last example, so `examples` may still add to it.
     """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{shard:05d}.array_record"
-    digest, shapes, captions, schema = hashlib.sha256(), [], [], {}
+    digest, shapes, captions, origins, schema = hashlib.sha256(), [], [], [], {}
     unfinished = path.with_suffix(".array_record.unfinished")
     # group_size:1 is one record a block: reading one example decompresses no other.
     writer = ArrayRecordWriter(str(unfinished), "group_size:1,zstd:3")
     try:
         for example in examples:
+            origins.append(example.get("origin"))
+            example = {name: value for name, value in example.items() if name != "origin"}
             record = encode(example)
             writer.write(record)
             digest.update(record)
@@ -83,7 +85,7 @@ def write_shard(
         writer.close()
     unfinished.replace(path)
     sidecar = {"count": len(shapes), "sha256": digest.hexdigest(), "schema": schema, "job": job}
-    sidecar |= {"skipped": dict(skipped or {}), "shapes": shapes, "captions": captions}
+    sidecar |= {"skipped": dict(skipped or {}), "shapes": shapes, "captions": captions, "origins": origins}
     _write_json(path.with_suffix(".json"), sidecar)
 
 
@@ -195,6 +197,13 @@ class RecordSource:
             raise BadVideo(f"damaged record: {error}", f"{self.path}[{index}]") from error
         floats: dict[str, Any] = {name: example[name].astype(np.float32) for name in FLOATS if name in example}
         return {**example, **floats}
+
+    @property
+    def origins(self) -> list[int] | None:
+        """The number of what each example was made of: a video may be stored in several shapes. None: not known."""
+        sidecars = (json.loads(Path(sidecar).read_text("utf-8")) for sidecar in self._sidecars)
+        found = [origin for sidecar in sidecars for origin in sidecar.get("origins", [None])]
+        return None if None in found else found
 
     def caption(self, index: int) -> str:
         if not self._captions:  # of all shards at once: decoding whole latents for their captions would take hours

@@ -22,12 +22,12 @@ import os
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
-from PIL import Image, ImageDraw, ImageFont
+from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
+from PIL import ExifTags, Image, ImageDraw, ImageFont
 
 from stvdm.data import transforms
 
@@ -38,6 +38,7 @@ _METADATA: dict[str, Any] = {"metadata_errors": "ignore"} if int(av.__version__.
 _ON_TIME = (
     2e-3  # seconds a frame may come late and still count as on screen; Matroska rounds times to whole milliseconds
 )
+_UNSPECIFIED = 2  # AVCOL_SPC_UNSPECIFIED of libavutil
 
 
 class BadVideo(ValueError):
@@ -85,16 +86,18 @@ def probe(file: File, *, limits: Limits = DEFAULT_LIMITS) -> VideoInfo:
             if packet.size == 0:
                 continue
             corrupt += packet.is_corrupt
+            if first is None:
+                first = next(iter(packet.decode()), None)
+            if packet.is_discard:  # decoded, never shown: an edit list leaves it out
+                continue
             time = packet.pts if packet.pts is not None else packet.dts
             times.append(0 if time is None else time)
             ends.append(times[-1] + (packet.duration or 0))
             if len(times) > limits.num_frames:
                 raise BadVideo(f"more than {limits.num_frames} frames")
-            if first is None:
-                first = next(iter(packet.decode()), None)
         if first is None:
             first = next(iter(stream.codec_context.decode(None)), None)
-        if first is None:
+        if first is None or not times:
             raise BadVideo("no frame in it can be decoded")
         _check_frame(first, limits)
         rate = float(stream.average_rate or stream.guessed_rate or 0) or 25.0
@@ -103,12 +106,12 @@ def probe(file: File, *, limits: Limits = DEFAULT_LIMITS) -> VideoInfo:
         seconds = (max(times) + step - min(times)) * base or len(times) / rate
         if seconds > limits.seconds:
             raise BadVideo(f"{seconds:.0f} s long: the limit is {limits.seconds:.0f} s")
-        promised = _promised_seconds(stream)
-        if corrupt or stream.frames * 0.9 > len(times) or promised * 0.9 > seconds + 1 / rate:
-            whole = f"{stream.frames} frames" if stream.frames else f"{promised:.2f} s"
-            raise BadVideo(f"truncated: {len(times) - corrupt} frames, {seconds:.2f} s, are left of {whole}")
+        promised = _promised_seconds(container, stream, rate, min(times) * base)
+        if corrupt or promised * 0.9 > seconds + 1 / rate:
+            whole = f" of {promised:.2f} s" if promised > 0 else ""
+            raise BadVideo(f"truncated: {len(times) - corrupt} frames, {seconds:.2f} s, are left{whole}")
         height, width = _shown_size(first, stream.sample_aspect_ratio)
-        if _transposes(_display_matrix(first)):
+        if _transposes(_display_matrix(first, file)):
             height, width = width, height
         return VideoInfo(
             len(times), height, width, seconds, len(times) / seconds, stream.codec_context.name, container.format.name
@@ -149,7 +152,7 @@ def read_video(
         for frame, time in _frames_from(container, stream, start, rate, limits):
             while shown is not None and len(clip) < num_frames and wanted[len(clip)] < time - _ON_TIME:
                 if shown_array is None:
-                    shown_array = _to_array(shown, scaler, ratio, height, width, position)
+                    shown_array = _to_array(shown, file, scaler, ratio, height, width, position)
                 clip.append(shown_array)
             if len(clip) == num_frames:
                 break
@@ -159,7 +162,7 @@ def read_video(
             raise BadVideo("no frame in it can be decoded")
         while len(clip) < num_frames and wanted[len(clip)] < max(end, time + 1 / (fps or rate)) - _ON_TIME / 2:
             shown_array = (
-                _to_array(shown, scaler, ratio, height, width, position) if shown_array is None else shown_array
+                _to_array(shown, file, scaler, ratio, height, width, position) if shown_array is None else shown_array
             )
             clip.append(shown_array)
         if len(clip) < num_frames:
@@ -179,6 +182,8 @@ def write_mp4(path: str | os.PathLike, video_THWC: np.ndarray, *, fps: float, mi
         stream = container.add_stream("h264", rate=_fraction(fps), options={"crf": "16", "preset": "medium"})
         stream.width, stream.height, stream.pix_fmt = video.shape[2], video.shape[1], "yuv420p"
         stream.codec_context.thread_count = 1
+        # Said, since players take what says nothing for BT.709 where it is large: as FFmpeg makes these of RGB.
+        stream.codec_context.colorspace, stream.codec_context.color_range = Colorspace.ITU601, ColorRange.MPEG
         for frame in video:
             for packet in stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")):
                 container.mux(packet)
@@ -186,7 +191,7 @@ def write_mp4(path: str | os.PathLike, video_THWC: np.ndarray, *, fps: float, mi
             container.mux(packet)
 
 
-def write_gif(path: str | os.PathLike, video_THWC: np.ndarray, *, fps: float, min_side: int = 128) -> None:
+def write_gif(path: str | os.PathLike | IO[bytes], video_THWC: np.ndarray, *, fps: float, min_side: int = 128) -> None:
     """An endless GIF, each frame with its own 256 colours, chosen so that what is small keeps its colour too."""
     few = functools.partial(
         Image.Image.quantize, colors=256, method=Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE
@@ -304,7 +309,7 @@ def _container_format(head: bytes) -> str:
         return "mov"
     if head[:4] == b"RIFF":
         return {b"AVI ": "avi", b"WEBP": "webp_pipe"}.get(head[8:12]) or _unknown(head)
-    if head[:1] == b"\x47" and head[188:189] == b"\x47":
+    if head[:1] + head[188:189] == b"GG" or head[4:5] + head[196:197] == b"GG":  # cameras put a time before each packet
         return "mpegts"
     for magic, name in (
         (b"\x1a\x45\xdf\xa3", "matroska"),
@@ -313,6 +318,7 @@ def _container_format(head: bytes) -> str:
         (b"OggS", "ogg"),
         (b"\x00\x00\x01\xba", "mpeg"),
         (b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", "asf"),
+        (b"\x06\x0e\x2b\x34\x02\x05\x01\x01", "mxf"),
         (b"\x89PNG", "png_pipe"),
         (b"\xff\xd8\xff", "jpeg_pipe"),
     ):
@@ -371,6 +377,7 @@ def _check_frame(frame: av.VideoFrame, limits: Limits) -> None:
 
 def _to_array(
     frame: av.VideoFrame,
+    file: File,
     scaler: VideoReformatter,
     ratio: Any,
     height: int | None,
@@ -378,7 +385,7 @@ def _to_array(
     position: tuple[float, float],
 ) -> np.ndarray:
     """uint8 (height, width, 3): scaled by FFmpeg while still in its own colours, then turned upright and cropped."""
-    matrix = _display_matrix(frame)
+    matrix = _display_matrix(frame, file)
     shown_height, shown_width = _shown_size(frame, ratio)
     if height is None or width is None:
         size = shown_height, shown_width
@@ -387,12 +394,30 @@ def _to_array(
         size = transforms.cover_size(shown_height, shown_width, *target)
     how = "AREA" if size[0] < frame.height else "BICUBIC"
     # One thread: FFmpeg would start as many as there are cores for every single frame.
-    scaled = scaler.reformat(frame, width=size[1], height=size[0], format="rgb24", interpolation=how, threads=1)
+    has_alpha = frame.format.name == "pal8" or any(part.is_alpha for part in frame.format.components)
+    colours = "rgba" if has_alpha else "rgb24"
+    # Large frames that do not say how their colours were coded are taken for BT.709, as players do; FFmpeg does not.
+    is_large = frame.width >= 1280 or frame.height > 576
+    scaled = scaler.reformat(
+        frame,
+        width=size[1],
+        height=size[0],
+        format=colours,
+        src_colorspace=Colorspace.ITU709 if is_large and frame.colorspace == _UNSPECIFIED else None,
+        interpolation=how,
+        threads=1,
+    )
     pixels = scaled.to_ndarray()
-    upright = _upright(pixels, matrix)[None]
+    upright = _upright(_on_white(pixels) if has_alpha else pixels, matrix)[None]
     if height is not None and width is not None:
         upright = transforms.crop(upright, height, width, position=position)
     return np.ascontiguousarray(upright[0])
+
+
+def _on_white(pixels_HWC: np.ndarray) -> np.ndarray:
+    """What is transparent shows white, as on a page. Where nothing would show at all, alpha is a byte left empty."""
+    colours, alpha = pixels_HWC[..., :3], pixels_HWC[..., 3:].astype(np.uint16)
+    return ((colours * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8) if alpha.any() else colours
 
 
 def _shown_size(frame: av.VideoFrame, ratio: Any) -> tuple[int, int]:
@@ -400,9 +425,30 @@ def _shown_size(frame: av.VideoFrame, ratio: Any) -> tuple[int, int]:
     return frame.height, max(1, round(frame.width * float(ratio))) if ratio else frame.width
 
 
-def _display_matrix(frame: av.VideoFrame) -> np.ndarray:
+# The display matrices of EXIF's orientations.
+_ORIENTED = {
+    1: [[1, 0], [0, 1]],
+    2: [[-1, 0], [0, 1]],
+    3: [[-1, 0], [0, -1]],
+    4: [[1, 0], [0, -1]],
+    5: [[0, 1], [1, 0]],
+    6: [[0, 1], [-1, 0]],
+    7: [[0, -1], [-1, 0]],
+    8: [[0, -1], [1, 0]],
+}
+
+
+def _display_matrix(frame: av.VideoFrame, file: File) -> np.ndarray:
     """The 2 x 2 part [[a, b], [c, d]] of the display matrix: x' = a x + c y, y' = b x + d y (libavutil/display.h)."""
-    data: Any = frame.side_data.get("DISPLAYMATRIX")
+    try:
+        data: Any = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # beside it lies what PyAV has no name for, as the EXIF of a photograph, which Pillow reads
+        opened = io.BytesIO(file) if isinstance(file, bytes) else file
+        # Pillow raises what it likes of broken EXIF; then PyAV's angle, which knows no mirrors, must do
+        with contextlib.suppress(Exception), Image.open(opened, formats=("JPEG", "PNG", "WEBP")) as picture:
+            return np.asarray(_ORIENTED[picture.getexif().get(ExifTags.Base.Orientation, 1)])
+        turn = math.radians(frame.rotation)
+        return np.asarray([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
     if data is None:
         return np.eye(2)
     return np.frombuffer(bytes(data), np.int32).reshape(3, 3)[:2, :2] / 65536.0
@@ -420,12 +466,14 @@ def _upright(pixels_HWC: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     return pixels_HWC[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
-def _promised_seconds(stream: Any) -> float:
-    """Matroska writes each track's length as a tag, "00:00:02.500000000"; 0 where there is none."""
-    with contextlib.suppress(ValueError):
+def _promised_seconds(container: Any, stream: Any, rate: float, first: float) -> float:
+    """What the file says of its own length, counted from the time of its first frame; 0 where it says nothing."""
+    if container.format.name == "mov":  # of the frames that it holds an edit list may leave some out
+        return float((stream.duration or 0) * stream.time_base)
+    with contextlib.suppress(ValueError):  # Matroska writes when each track ends as a tag, "00:00:02.500000000"
         hours, minutes, seconds = map(float, stream.metadata.get("DURATION", "").split(":"))
-        return 3600 * hours + 60 * minutes + seconds
-    return 0.0
+        return 3600 * hours + 60 * minutes + seconds - first
+    return stream.frames / rate  # in AVI some of them may be empty: the one before stays
 
 
 def _fraction(fps: float) -> Any:

@@ -65,6 +65,27 @@ def test_csv_and_folders_below(folder, tmp_path):
     assert dict(zip(source.names, source.captions, strict=True)) == {"b.mp4": "another", "below/a.mp4": "a bar, white"}
 
 
+def test_captions_may_begin_with_the_mark_of_an_editor(folder, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.mp4").write_bytes((folder / "hevc.mp4").read_bytes())
+    (tmp_path / "a.txt").write_text("a bar", "utf-8-sig")
+    (tmp_path / "metadata.csv").write_text("file_name,text\nb.mp4,another\n", "utf-8-sig")
+    assert FolderSource(tmp_path, fps=8).captions == ["a bar", "another"]
+
+
+def test_clips_that_the_metadata_names_are_found_behind_links_and_elsewhere(folder, tmp_path):
+    clips, elsewhere = tmp_path / "clips", tmp_path / "elsewhere"
+    for place in (clips, elsewhere):
+        place.mkdir()
+        (place / "a.mp4").write_bytes((folder / "hevc.mp4").read_bytes())
+    (clips / "linked").symlink_to(elsewhere)
+    names = ["a.mp4", "linked/a.mp4", "../elsewhere/a.mp4", str(elsewhere / "a.mp4")]
+    (clips / "metadata.jsonl").write_text("".join(f'{{"file_name": "{name}", "text": "a bar"}}\n' for name in names))
+    source = FolderSource(clips, fps=8)
+    assert source.names == sorted(names), str(source.report)
+    assert source.read(3, num_frames=2, height=8, width=8, rng=np.random.default_rng(0))["video"].shape == (2, 8, 8, 3)
+
+
 def test_a_codec_that_nobody_decodes_and_a_suffix_that_nobody_knows_are_named(folder, tmp_path):
     good = (folder / "h264.mp4").read_bytes()
     assert good.count(b"avc1") >= 1

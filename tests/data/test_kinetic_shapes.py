@@ -188,6 +188,8 @@ def test_errors_teach():
         World(colours=("orange",), motion_weights=(1.0,), occluder=2)
     with pytest.raises(ValueError, match="split='val': expected 'train', 'validation' or 'test'"):
         sample_scene(0, 0, split="val")
+    with pytest.raises(ValueError, match="seed=-1: expected a whole number of at least 0"):
+        sample_scene(-1, 0)
     with pytest.raises(ValueError, match="held_out=1.0: leaves this split no"):
         sample_scene(0, 0, world=World(held_out=1.0))
     assert World(radius=[0.1, 0.2]) == World(radius=(0.1, 0.2))  # as JSON and config files write it

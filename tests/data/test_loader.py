@@ -3,6 +3,7 @@
 
 import itertools
 import json
+import re
 import shutil
 from collections import Counter
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from stvdm import config as base
+from stvdm import preprocess
 from stvdm.data import loader as loading
 from stvdm.data import records
 from stvdm.data.folder import FolderSource
@@ -208,10 +210,33 @@ def test_a_share_is_held_out_of_each_bucket_and_never_trained_on(tmp_path):
     assert captions[1] == ["9", "19", "29", "39", "42"]  # every tenth; one of the three; the only image is trained on
     assert sorted(captions[0] + captions[1], key=int) == [str(k) for k in range(44)]
     assert loading.served(held_out, buckets) == list(buckets[:2])
+    with pytest.raises(ValueError, match=r"none takes one of the 5 held-out clips, the first of which is 9x16x16, so"):
+        loading.served(held_out, buckets[2:])
     assert train.fingerprint != held_out.fingerprint
     for batch in take(make(train, buckets=buckets), 30):
         assert not set(batch["caption"]) & set(captions[1])
         np.testing.assert_array_equal(batch["latent"][:, 0, 0, 0, 0], [float(c) for c in batch["caption"]])
+
+
+def test_what_is_held_out_in_one_shape_is_trained_on_in_none(tmp_path):
+    class Folder(KineticShapes):  # seven images, then videos, whose frames are images too
+        shapes = [(1, 16, 16)] * 7 + [(5, 16, 16)] * 40
+
+        def caption(self, index):
+            return f"file {index}"
+
+        def read(self, index, *, num_frames, **how):
+            return {"video": np.zeros((num_frames, 16, 16, 3), np.uint8), "caption": self.caption(index)}
+
+    def encode(video_BTHWC):
+        return np.zeros((len(video_BTHWC), 1, 2, 2, 4))
+
+    preprocess.preprocess(encode, Folder(num_clips=47), tmp_path, buckets=[(5, 16, 16), (1, 16, 16)])
+    data = base.dit().data.copy_and_resolve_references()
+    data.update(source="latents", path=str(tmp_path), buckets=((5, 16, 16, 4, 1.0), (1, 16, 16, 4, 1.0)))
+    train, held_out = ([s.caption(i) for i in range(len(s))] for s in loading.configured_sources(data, seed=0))
+    assert len(train) + len(held_out) == 87
+    assert len(set(held_out)) == 4 and not set(train) & set(held_out)
 
 
 def test_too_few_clips_to_hold_any_out_is_said(tmp_path):
@@ -235,6 +260,15 @@ def test_several_sources_are_one_long_list():
     rng = np.random.default_rng(0)
     assert captions[12] == other.read(2, num_frames=5, height=8, width=8, rng=rng)["caption"]
     assert loading.fingerprint([one, other]) != loading.fingerprint([other, one])
+
+
+def test_captions_are_all_of_them_or_some_from_everywhere():
+    one, other = KineticShapes(num_clips=10), KineticShapes(num_clips=6, seed=1)
+    loader = make([one, other])
+    every = [source.caption(i) for source in (one, other) for i in range(len(source))]
+    assert list(loader.captions()) == list(loader.captions(16)) == list(loader.captions(20)) == every
+    assert list(loader.captions(4)) == [every[i] for i in (0, 4, 8, 12)]
+    assert loader.caption_of(12) == other.caption(2)
 
 
 def test_position_is_json_and_refuses_other_data():
@@ -263,12 +297,26 @@ def test_a_config_names_one_of_the_kinds(folder):
         configured("imagenet")
 
 
+def test_latents_of_another_rate_are_refused(tmp_path):
+    latent = {"latent": np.zeros((3, 2, 2, 4), np.float16), "shape": [5, 16, 16], "caption": "a dot", "origin": 0}
+    for name, about in (("told", {"fps": 16.0}), ("older", {})):
+        records.write_shard(tmp_path / name, 0, [latent], job="x")
+        records.finish(tmp_path / name, num_shards=1, about=about)
+        assert len(configured("latents", tmp_path / name, fps=16.0)) == 1
+    assert len(configured("latents", tmp_path / "older", fps=8.0)) == 1
+    with pytest.raises(ValueError, match=r"data.fps=8.0: .*told'.*they were written with fps=16.0"):
+        configured("latents", tmp_path / "told", fps=8.0)
+
+
 def test_stored_kinetic_shapes_read_as_they_are_rendered(tmp_path):
     from stvdm.data import kinetic_shapes_tfds
 
     config = kinetic_shapes_tfds.KineticShapesConfig(num_clips={"train": 6}, num_frames=5, height=16, width=16)
     directory = kinetic_shapes_tfds.write(tmp_path, config)
     stored = configured("kinetic_shapes", directory)
+    for name, other in (("fps", 16.0), ("world", (("pan", 0.0),))):
+        with pytest.raises(ValueError, match=f"data.{name}=.*they were written with {name}="):
+            configured("kinetic_shapes", directory, **{name: other})
     rendered = KineticShapes(num_clips=6)
     captions = {
         rendered.read(k, num_frames=2, height=8, width=8, rng=np.random.default_rng(0))["caption"] for k in range(6)
@@ -276,3 +324,19 @@ def test_stored_kinetic_shapes_read_as_they_are_rendered(tmp_path):
     batches = take(make(stored, buckets=[(5, 16, 16, 6), (1, 16, 16, 2)]), 4)
     assert {caption for batch in batches for caption in batch["caption"]} == captions
     assert_same(batches, take(make(stored, buckets=[(5, 16, 16, 6), (1, 16, 16, 2)], num_workers=1), 4))
+
+
+@pytest.mark.parametrize("source", ["kinetic_shapes", "latents"])
+@pytest.mark.parametrize(
+    ("world", "said"),
+    [
+        ((("gravitiy", 1.0),), "World: there is no field 'gravitiy'; did you mean gravity?"),
+        ((("zzz", 1.0),), "World: there is no field 'zzz'; it has colours, shapes, "),
+        (("pan", 0.0), "expected pairs, as "),
+        ((("pan", "often"),), "World of {'pan': 'often'}: "),
+        ((("pan", 2.0),), "pan=2.0: expected a probability"),
+    ],
+)
+def test_a_world_that_is_none_is_refused_whatever_is_read(tmp_path, source, world, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        configured(source, tmp_path, world=world)

@@ -7,7 +7,8 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
-from PIL import Image
+from av.video.reformatter import ColorRange, Colorspace
+from PIL import Image, ImageOps
 
 from stvdm.data import video as video_files
 from stvdm.data.video import BadVideo, Limits, contact_sheet, probe, read_video, side_by_side, write_gif, write_mp4
@@ -96,6 +97,56 @@ def test_every_display_matrix(tmp_path, matrix, turned):
     np.testing.assert_allclose(shown[centres[0]], turned(stored)[centres[0]], atol=12)
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_are_upright(tmp_path, suffix, orientation):
+    stored = np.zeros((32, 64, 3), np.uint8)
+    stored[:16, :32] = (250, 0, 0)
+    stored[16:, :32] = (0, 0, 250)
+    file, exif = tmp_path / f"photo.{suffix}", Image.Exif()
+    exif[0x112] = orientation  # as cameras write it, beside much else
+    Image.fromarray(stored).save(file, exif=exif, quality=95)
+    with Image.open(file) as opened:
+        expected = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
+    shown = read_video(file, num_frames=1)[0]
+    assert (probe(file).height, probe(file).width) == shown.shape[:2] == expected.shape[:2]
+    assert np.abs(shown.astype(int) - expected).mean() < 4
+    np.testing.assert_array_equal(read_video(file.read_bytes(), num_frames=1)[0], shown)
+
+
+@pytest.mark.parametrize("how", [{"suffix": "png"}, {"suffix": "webp", "lossless": True, "exact": True}])
+def test_what_is_transparent_is_white(tmp_path, how):
+    file, drawing = tmp_path / f"drawing.{how.pop('suffix')}", np.zeros((32, 32, 4), np.uint8)
+    drawing[8:24, 8:24, 3] = 255  # black on nothing, below which black lies too
+    drawing[8:16, 8:24, :3] = (200, 100, 50)
+    drawing[4, 4] = (0, 0, 0, 128)
+    Image.fromarray(drawing).save(file, **how)
+    shown = read_video(file, num_frames=1)[0]
+    for place, colour in (((0, 0), 255), ((12, 12), (200, 100, 50)), ((20, 12), 0), ((4, 4), 127)):
+        np.testing.assert_array_equal(shown[place], colour)
+
+
+def test_indexed_pictures_have_transparent_colours_too(tmp_path):
+    indices = np.zeros((32, 32), np.uint8)
+    indices[8:24, 8:24] = 1
+    drawing = Image.fromarray(indices).convert("P")
+    drawing.putpalette([0, 0, 0, 20, 20, 20])
+    drawing.save(tmp_path / "drawing.png", transparency=0)
+    shown = read_video(tmp_path / "drawing.png", num_frames=1)[0]
+    assert (shown[0, 0].tolist(), shown[16, 16].tolist()) == ([255] * 3, [20] * 3)
+
+
+def test_an_alpha_that_nobody_set_hides_nothing(tmp_path):
+    with av.open(str(tmp_path / "screen.avi"), "w") as out:
+        stream = out.add_stream("rawvideo", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "bgra"
+        for _ in range(2):
+            frame = av.VideoFrame.from_ndarray(np.broadcast_to(np.uint8([10, 20, 30, 0]), (32, 32, 4)).copy(), "bgra")
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    assert read_video(tmp_path / "screen.avi", num_frames=2)[1, 5, 5].tolist() == [30, 20, 10]
+
+
 def test_pixels_that_are_not_square_are_made_so(tmp_path):
     with av.open(str(tmp_path / "wide.mp4"), "w") as out:
         stream = out.add_stream("h264", rate=8)
@@ -105,6 +156,71 @@ def test_pixels_that_are_not_square_are_made_so(tmp_path):
             out.mux(packet)
     assert (probe(tmp_path / "wide.mp4").height, probe(tmp_path / "wide.mp4").width) == (48, 128)
     assert read_video(tmp_path / "wide.mp4", num_frames=1).shape == (1, 48, 128, 3)
+
+
+@pytest.mark.parametrize(
+    "suffix, codec, container, options",
+    [("mts", "h264", "mpegts", {"mpegts_m2ts_mode": "1"}), ("mxf", "mpeg2video", "mxf", {})],
+)
+def test_containers_of_cameras(tmp_path, coded, suffix, codec, container, options):
+    file, size = tmp_path / f"clip.{suffix}", (96, 128)
+    with av.open(str(file), "w", format=container, options=options) as out:
+        stream = out.add_stream(codec, rate=25)
+        stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
+        for tick in range(50):
+            for packet in stream.encode(av.VideoFrame.from_ndarray(coded.scene(tick / 50, *size))):
+                out.mux(packet)
+        out.mux(stream.encode())
+    assert (probe(file).num_frames, probe(file).seconds) == (50, pytest.approx(2, abs=0.01))
+    shown = read_video(file, num_frames=3, fps=5, start=1.2)
+    np.testing.assert_allclose([coded.bar_position(frame) for frame in shown], [0.6, 0.7, 0.8], atol=0.03)
+
+
+def remux(source, target, *, later=0.0):
+    """The packets of a file in another, so much later; what then begins before 0 is left out of an MP4, not lost."""
+    with av.open(str(source)) as into, av.open(str(target), "w", options={"avoid_negative_ts": "disabled"}) as out:
+        stream = into.streams.video[0]
+        copied = out.add_stream_from_template(stream)
+        for packet in into.demux(stream):
+            if packet.dts is not None:
+                packet.pts += round(later / stream.time_base)
+                packet.dts += round(later / stream.time_base)
+                packet.stream = copied
+                out.mux(packet)
+
+
+@pytest.mark.parametrize("cut", [0.5, 2.25])  # before and after the second of the key frames, one a second
+def test_of_a_file_that_was_cut_without_coding_it_anew_what_is_shown_counts(tmp_path, coded, cut):
+    coded.write_clip(tmp_path / "whole.mp4", coded.Coded("", "h264", options=(("g", "24"),)))
+    remux(tmp_path / "whole.mp4", tmp_path / "cut.mp4", later=-cut)
+    left = coded.SECONDS - cut
+    assert probe(tmp_path / "cut.mp4").seconds == pytest.approx(left, abs=0.1)
+    assert probe(tmp_path / "cut.mp4").num_frames == pytest.approx(24 * left, abs=2)
+    shown = read_video(tmp_path / "cut.mp4", num_frames=3, fps=8, start=0.2)
+    expected = (cut + 0.2 + np.arange(3) / 8) / coded.SECONDS
+    np.testing.assert_allclose([coded.bar_position(frame) for frame in shown], expected, atol=0.03)
+
+
+@pytest.mark.parametrize("name", ["variable_rate.mp4", "vp9_odd.webm"])
+def test_a_piece_of_a_recording_that_keeps_its_times_is_whole(folder, tmp_path, name):
+    remux(folder / name, tmp_path / "piece.mkv", later=10.0)
+    assert probe(tmp_path / "piece.mkv").seconds == pytest.approx(probe(folder / name).seconds, abs=0.01)
+    clips = [read_video(path, num_frames=4, fps=8, start=1.3) for path in (folder / name, tmp_path / "piece.mkv")]
+    np.testing.assert_array_equal(*clips)
+
+
+def test_an_avi_with_empty_frames_is_whole(tmp_path, coded):
+    coded.write_clip(tmp_path / "clip.mkv", coded.Coded("", "mpeg4", fps=8.0))
+    with av.open(str(tmp_path / "clip.mkv")) as into, av.open(str(tmp_path / "clip.avi"), "w") as out:
+        stream = into.streams.video[0]
+        copied = out.add_stream_from_template(stream)
+        copied.time_base = copied.codec_context.time_base = Fraction(1, 24)  # so two of three are empty
+        for packet in into.demux(stream):
+            if packet.dts is not None:
+                packet.stream = copied
+                out.mux(packet)
+    assert probe(tmp_path / "clip.avi").num_frames == 24
+    assert probe(tmp_path / "clip.avi").seconds == pytest.approx(3, abs=0.2)
 
 
 def test_bytes_read_as_the_file_does(folder):
@@ -169,6 +285,34 @@ def test_mp4_shows_what_was_written(tmp_path, coded, size):
     expected = video_files.enlarge(video, 256)
     difference = np.abs(back[:, : expected.shape[1], : expected.shape[2]].astype(int) - expected)
     assert difference.mean() < 4
+
+
+def test_mp4_says_how_its_colours_were_made(tmp_path):
+    write_mp4(tmp_path / "out.mp4", np.broadcast_to(np.uint8([200, 60, 30]), (2, 720, 1280, 3)), fps=8)
+    with av.open(str(tmp_path / "out.mp4")) as file:
+        frame = next(file.decode(video=0))
+    assert (frame.colorspace, frame.color_range) == (Colorspace.ITU601, ColorRange.MPEG)  # 2, 0: nothing is said
+    assert np.abs(frame.to_ndarray(format="rgb24").astype(int) - [200, 60, 30]).max() <= 3
+
+
+@pytest.mark.parametrize(
+    ("size", "standard"), [((720, 1280), "ITU709"), ((1280, 720), "ITU709"), ((480, 832), "ITU601")]
+)
+def test_colours_that_nothing_is_said_of_are_those_that_players_show(tmp_path, size, standard):
+    colour = np.uint8([200, 60, 30])
+    with av.open(str(tmp_path / "clip.mp4"), "w") as out:
+        stream = out.add_stream("h264", rate=8)
+        (stream.height, stream.width), stream.pix_fmt = size, "yuv420p"
+        frame = av.VideoFrame.from_ndarray(np.broadcast_to(colour, (*size, 3)).copy())
+        coded = frame.reformat(format="yuv420p", dst_colorspace=standard)
+        coded.colorspace = 2  # unspecified
+        for packet in [*stream.encode(coded), *stream.encode()]:
+            out.mux(packet)
+    for to in ({}, {"height": 64, "width": 64}):
+        shown = read_video(tmp_path / "clip.mp4", num_frames=1, **to)
+        assert np.abs(shown.astype(int) - colour).max() <= 4
+    Image.fromarray(np.broadcast_to(colour, (*size, 3)).copy()).save(tmp_path / "still.png")
+    assert (read_video(tmp_path / "still.png", num_frames=1) == colour).all()
 
 
 def test_gif_keeps_pixels_and_running_time(tmp_path, coded):
