@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -62,9 +63,7 @@ def places_in(file: epath.Path) -> dict[str, Place]:
       ValueError: for a header that can't be read, or a file of another length than it says.
     """
     size = file.stat().length
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        told = opened.read(length) if length <= min(_LARGEST_HEADER, size) else b""
+    length, told = _header_of(file)
     try:
         header = json.loads(told)
         header.pop("__metadata__", None)
@@ -73,6 +72,9 @@ def places_in(file: epath.Path) -> dict[str, Place]:
             for name, leaf in header.items()
         }
         ends = [8 + length + leaf["data_offsets"][1] for leaf in header.values()]
+        for (name, (_, start, dtype, shape)), end in zip(places.items(), ends, strict=True):
+            if end - start != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"{name}: {end - start} bytes for {dtype} {shape}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file}: its header can't be read ({error!r}); copy it again.") from error
     if size != max(ends, default=8 + length):
@@ -80,10 +82,37 @@ def places_in(file: epath.Path) -> dict[str, Place]:
     return places
 
 
+def metadata_in(file: epath.Path) -> dict[str, str]:
+    """What a file that `places_in` reads says beside its tensors."""
+    return json.loads(_header_of(file)[1]).get("__metadata__", {})
+
+
+def told_in(path: epath.Path) -> dict[str, Any]:
+    """What a file of JSON says; {} if there is none. Raises ValueError, with its name, if it can't be read."""
+    if not path.exists():
+        return {}
+    try:
+        told = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: expected a JSON object, and it can't be read ({error}); copy it again.") from error
+    if not isinstance(told, dict):
+        raise ValueError(f"{path}: expected a JSON object, got a {type(told).__name__}; copy it again.")
+    return told
+
+
+def _header_of(file: epath.Path) -> tuple[int, bytes]:
+    """The length of a header, and itself; nothing if there can be none of that length."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        return length, opened.read(length) if length <= min(_LARGEST_HEADER, file.stat().length) else b""
+
+
 def bytes_of(path: epath.Path) -> np.ndarray:
     """A file, which is not read before it is looked at where that is possible: not from object stores."""
     if "://" in str(path):
         return np.frombuffer(path.read_bytes(), np.uint8)
+    if not path.stat().length:
+        raise ValueError(f"{path}: 0 bytes, expected a safetensors file; copy it again.")
     return np.memmap(path, np.uint8, mode="r").view(np.ndarray)
 
 
@@ -106,7 +135,8 @@ def write(
 ) -> dict[str, str]:
     """Writes safetensors, STEM.safetensors or, beyond ``shard_bytes``, STEM-00001-of-00007.safetensors and an index.
 
-    All processes call it together: parts are asked for on all, and process 0 writes.
+    Those of the stem that were there before go, as readers follow an index that they find. All processes call it
+    together: parts are asked for on all, and process 0 writes.
 
     Returns:
       The SHA-256 of each file by its name; on other processes of none.
@@ -142,6 +172,10 @@ def write(
         where = {tensor.name: file for file, shard in zip(files, shards, strict=True) for tensor in shard}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
         (target / f"{stem}{INDEX}").write_text(json.dumps(index, indent=2) + "\n")
+    for path in list(target.iterdir()):
+        is_of_stem = re.fullmatch(rf"{re.escape(stem)}(-\d+-of-\d+)?\.safetensors(\.index\.json)?", path.name)
+        if is_of_stem and path.name not in (*files, *([] if one else [f"{stem}{INDEX}"])):
+            path.unlink()
     return digests
 
 

@@ -39,6 +39,21 @@ def test_parts_are_read_as_wholes(tmp_path, shard_bytes):
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_what_was_written_before_is_not_found_any_more(tmp_path):
+    """A loader that finds an index reads the files that it names, whatever lies beside them."""
+    others = {"dit_low-00001-of-00002.safetensors", "other.safetensors", "config.json"}
+    for name in others:
+        (tmp_path / name).write_text("{}")
+    one = Tensor("a", (3,), lambda: [np.zeros(3)])
+    for shard_bytes, expected in (
+        (12, {"dit-00001-of-00002.safetensors", "dit-00002-of-00002.safetensors", "dit.safetensors.index.json"}),
+        (99, {"dit.safetensors"}),
+        (12, {"dit-00001-of-00002.safetensors", "dit-00002-of-00002.safetensors", "dit.safetensors.index.json"}),
+    ):
+        tensor_files.write(tmp_path, [one, one._replace(name="b")], stem="dit", shard_bytes=shard_bytes)
+        assert {path.name for path in tmp_path.iterdir()} == expected | others
+
+
 def test_places_are_where_the_bytes_lie(tmp_path):
     kind = np.dtype(jnp.bfloat16)
     tensors = [in_parts("kernel", ARRAYS["kernel"]), in_parts("bias", ARRAYS["bias"])._replace(dtype=kind)]
@@ -57,6 +72,11 @@ def test_a_header_that_can_not_be_read_is_named(tmp_path):
     file = epath.Path(tmp_path / "a.safetensors")
     file.write_bytes(b"<html>not found</html>")
     with pytest.raises(ValueError, match="a.safetensors: its header can't be read"):
+        tensor_files.places_in(file)
+    leaf = {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}  # whose last value would be another tensor's
+    told = json.dumps({"a": leaf, "b": {"dtype": "F32", "shape": [1], "data_offsets": [8, 12]}}).encode()
+    file.write_bytes(len(told).to_bytes(8, "little") + told + bytes(12))
+    with pytest.raises(ValueError, match=r"a.safetensors: its header can't be read .*a: 8 bytes for float32 \(3,\)"):
         tensor_files.places_in(file)
 
 

@@ -171,6 +171,11 @@ VIDEOMAE_RULES: mapping.Rules = (
         (rf"videomae\.encoder\.layer\.(\d+)\.{name}\.(\w+)", rf"layers/layer_\1/{path}/\2")
         for name, path in _VIDEOMAE_LAYER.items()
     ),
+    # In published files, which transformers saved before its version 5, two biases stand beside their kernels.
+    *(
+        (rf"videomae\.encoder\.layer\.(\d+)\.attention\.attention\.{name[0]}_bias", rf"layers/layer_\1/{name}/bias")
+        for name in ("query", "value")
+    ),
     (r"videomae\.layernorm\.(\w+)", r"norm/\1"),
     (r"fc_norm\.(\w+)", r"norm/\1"),
     (r"(classifier|decoder|encoder_to_decoder|mask_token|position_embeddings)\b.*", ""),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Low-rank adapters from the files that others load, and into them.
 
-    adapters = from_foreign(mapping.read("style.safetensors"), tables)        # {"dit": ...}, for `models.lora`
+    adapters = from_foreign(read("style.safetensors"), tables)                # {"dit": ...}, for `models.lora`
     tensors = to_foreign(adapters, tables, "comfyui")                         # name -> array
 
 ``tables`` are {"original": pairs, "diffusers": pairs} of the model: what each of its tensors is called by its authors
@@ -15,12 +15,14 @@ and by diffusers, and the parameter that it is (`mapping.pairs_of`).
 | kohya, read alone | ``lora_unet_blocks_0_self_attn_q.lora_down.weight``: either's, without its dots |
 
 lora_A is (rank, in) and lora_B (out, rank); elsewhere they are called lora_down and lora_up. Of a layer with ``alpha``
-they count alpha / rank times, and without it once. Read is any of these, written are lora_A and lora_B that count once.
+they count alpha / rank times, and without it once. PEFT says alpha in adapter_config.json, and diffusers in the file's
+metadata. Read is any of these, written are lora_A and lora_B that count once.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,6 +30,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 from flax import traverse_util
+
+from stvdm import tensor_files
+from stvdm.interop import weights
 
 Tree = Any
 Tables = Mapping[str, Sequence[Any]]  # format of the model -> its `mapping.Pair`s
@@ -39,6 +44,33 @@ FORMATS = {  # whose names of layers, and what stands before them
 }
 _PREFIXES = r"lora_unet_|(?:base_model\.model\.|model\.)?(?:diffusion_model\.|transformer\.)?"
 _HALVES = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up"}
+
+
+def read(place: epath.PathLike) -> dict[str, np.ndarray]:
+    """All tensors of a file, or of a folder of one; where alpha is said beside them, as PEFT's rules have it, with it.
+
+    Raises:
+      FileNotFoundError: if there are none.
+      ValueError: for pickles, damaged files, or a folder in which a name stands in two files.
+    """
+    source = epath.Path(place).expanduser()
+    found = weights.Weights(source)
+    tensors = {name: found.read(name) for name in found.places}
+    said: dict[str, Any] = {}
+    for file in {leaf.file for leaf in found.places.values()}:
+        told = json.loads(tensor_files.metadata_in(file).get("lora_adapter_metadata", "{}"))
+        said |= {name.removeprefix("transformer."): value for name, value in told.items()}
+    beside = source / "adapter_config.json"
+    said |= json.loads(beside.read_text()) if beside.exists() else {}
+    if "lora_alpha" not in said:
+        return tensors
+    for name in [name for name in tensors if re.search(r"\.lora_A(\.default)?\.weight$", name)]:
+        layer, rank = name.rsplit(".lora_A", 1)[0], tensors[name].shape[0]
+        others = said.get("alpha_pattern") or {}
+        own = (alpha for key, alpha in others.items() if re.match(rf"(.*\.)?({key})$", layer))
+        alpha = next(own, said["lora_alpha"]) * (math.sqrt(rank) if said.get("use_rslora") else 1)
+        tensors.setdefault(f"{layer}.alpha", np.asarray(alpha, np.float32))
+    return tensors
 
 
 def from_foreign(tensors: Mapping[str, np.ndarray], tables: Tables) -> Tree:
@@ -67,7 +99,7 @@ def from_foreign(tensors: Mapping[str, np.ndarray], tables: Tables) -> Tree:
         if shapes != [(rank, wide_in), (wide_out, rank)] or not rank:
             problems.append(f"{theirs}: A, B of {shapes[0]}, {shapes[1]}, expected (r, {wide_in}), ({wide_out}, r)")
             continue
-        scale = float(parts["alpha"]) / rank if "alpha" in parts else 1.0
+        scale = parts["alpha"].item() / rank if "alpha" in parts else 1.0
         halves = whole.layout.to_ours(parts["down"]), whole.layout.to_ours(parts["up"] * scale)
         stacks.setdefault(whole.ours.removesuffix("/kernel"), {})[whole.layer] = halves
     if problems or not stacks:

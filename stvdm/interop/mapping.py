@@ -23,7 +23,7 @@ From a pair alone follow the foreign name and shape, and both directions; `inter
 
 from __future__ import annotations
 
-import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -34,18 +34,22 @@ import numpy as np
 from etils import epath
 from flax import traverse_util
 
-from stvdm.tensor_files import DTYPES, Shape
+from stvdm.tensor_files import DTYPES, Shape, bytes_of, places_in, told_in
 
 Tree = Any
 Rules = Sequence[tuple[str, str]]
 
 _LAST_WORDS = {"weight": ("kernel", "scale"), "running_mean": ("mean",), "running_var": ("var",)}
-_FLOATS = ("F64", "F32", "F16", "BF16")  # the rest are counters and position numbers, which are no weights
+_FLOATS = [DTYPES[name] for name in ("F64", "F32", "F16", "BF16")]  # the rest are counters, which are no weights
 _CONVERT = (  # what a user may run; some files hold the tensors one level down
     "import sys, torch; from safetensors.torch import save_file; "
     "found = torch.load(sys.argv[1], map_location='cpu', weights_only=True); "
     "found = found.get('model', found.get('module', found.get('state_dict', found))); "
     "save_file({k: v.clone().contiguous() for k, v in found.items() if hasattr(v, 'clone')}, sys.argv[2])"
+)
+_SIZES = frozenset(  # what config.json files of all kinds count in whole numbers
+    "dim num_heads num_layers ffn_dim freq_dim text_dim in_dim out_dim num_attention_heads attention_head_dim "
+    "in_channels num_hidden_layers hidden_size intermediate_size d_model d_kv d_ff base_dim z_dim".split()
 )
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -200,6 +204,12 @@ def turned(kernel: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(np.transpose(kernel, (*range(2, np.ndim(kernel)), 1, 0)))
 
 
+def check_place(place: epath.PathLike) -> None:
+    """Raises FileNotFoundError for what is neither there nor written as the hub's OWNER/NAME."""
+    if not epath.Path(place).expanduser().exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(place)):
+        raise FileNotFoundError(f"{place}: expected a folder of safetensors, or the OWNER/NAME of one on the hub.")
+
+
 def folder_of(place: epath.PathLike) -> epath.Path:
     """The folder of weights: ``place`` itself, or, if it is "owner/name" of the Hugging Face hub, what is brought here.
 
@@ -212,8 +222,7 @@ def folder_of(place: epath.PathLike) -> epath.Path:
     path = epath.Path(place).expanduser()
     if path.exists():
         return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(place)):
-        raise FileNotFoundError(f"{place}: expected a folder of safetensors, or the OWNER/NAME of one on the hub.")
+    check_place(place)
     try:
         import huggingface_hub
     except ImportError as error:
@@ -221,32 +230,39 @@ def folder_of(place: epath.PathLike) -> epath.Path:
             f"{place}: there is no such folder, and to bring it from the hub takes huggingface_hub: "
             "pip install huggingface_hub, or stvdm's extra [hub]"
         ) from error
-    return epath.Path(
-        huggingface_hub.snapshot_download(str(place), allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"])
-    )
+    wanted = ["*.safetensors", "*.json", "*.txt", "*.model"]
+    try:
+        return epath.Path(huggingface_hub.snapshot_download(str(place), allow_patterns=wanted))
+    except OSError as error:  # as all of the hub's are, of the network or for want of the name
+        raise FileNotFoundError(f"{place}: there is no such folder, and the hub gave none: {error}") from error
 
 
 def settings(folder: epath.PathLike) -> dict[str, Any]:
-    """config.json of a folder; {} if there is none."""
+    """config.json of a folder; {} if there is none. Raises ValueError for one that can't be, also by its sizes."""
     path = epath.Path(folder) / "config.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    config = told_in(path)
+    for section in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for name in _SIZES & section.keys():
+            if not isinstance(section[name], int) or section[name] < 1:
+                raise ValueError(f"{path}: {name}={section[name]!r}: expected a whole number of at least 1.")
+    return config
 
 
 def read(place: epath.PathLike) -> dict[str, np.ndarray]:
-    """All tensors of a safetensors file, or of all such files of a folder, by name.
+    """All weights of a safetensors file, or of all such files of a folder, by name.
 
     Raises:
       FileNotFoundError: if there are none.
-      ValueError: if there are only pickles, which can run any program when they are opened, and never are here.
+      ValueError: for damaged files, or if there are only pickles, which can run any program when they are opened, and
+        never are here.
     """
-    from safetensors import deserialize
-
-    files = files_of(epath.Path(place).expanduser())
     tensors: dict[str, np.ndarray] = {}
-    for path in files:
-        for name, leaf in deserialize(path.read_bytes()):
-            if leaf["dtype"] in _FLOATS:
-                tensors[name] = np.frombuffer(leaf["data"], DTYPES[leaf["dtype"]]).reshape(leaf["shape"])
+    for path in files_of(epath.Path(place).expanduser()):
+        places = places_in(path)
+        data = bytes_of(path)
+        for name, (_, start, dtype, shape) in places.items():
+            if dtype in _FLOATS:
+                tensors[name] = data[start : start + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
     return tensors
 
 

@@ -10,6 +10,8 @@
 | text | text | what the network reads, of words as numbers; where a published tower reads them there is none |
 | decode_first, decode_next | decoder | a latent frame as video, of a clip the first or a later; what to remember |
 
+No program makes latents of images, so of a model that is given one there is no example.py.
+
 programs.json has the files of each, and every input and output with its shape and dtype. Inputs are named, weights are
 a dict of arrays by name; to StableHLO they are one list: weights by name, then inputs by name, as jax.tree orders them.
 
@@ -24,6 +26,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -40,7 +43,7 @@ from stvdm.diffusion import flow
 from stvdm.interop import mapping, wan, wan_autoencoder, wan_model, weights
 from stvdm.models import autoencoder3d
 from stvdm.models.block import MODULATED
-from stvdm.sampling import denoising, pipeline
+from stvdm.sampling import denoising, first_frame, pipeline
 
 Tree = Any
 Size3 = tuple[int, int, int]
@@ -108,7 +111,7 @@ def write(
     settings: Any = description.get("config")
     whole = {"programs": said, "platforms": PLATFORMS, "jax": jax.__version__, "config": settings}
     beside = [PROGRAMS]
-    if {"text", "velocity"} <= said.keys():
+    if {"text", "velocity"} <= said.keys() and not first_frame.parts_of(settings["model"]):
         coder = pipeline.autoencoder_of(description["autoencoder"])
         latent_thw = programs["velocity"].inputs["latent_Bthwz"].shape[1:4]
         whole["shift"] = settings["sample"]["shift"] or pipeline.shift_of(latent_thw, coder, settings)
@@ -178,10 +181,19 @@ def _programs(
     of_words = dict(mask_BS=array(text["max_tokens"], dtype=jnp.bool_))
     reads = of_words | dict(text_BSE=array(text["max_tokens"], text["width"]))
     objective = denoising.objective(settings["flow"])
+    names = sorted(name for name in {found.partition("/")[0] for found in source.shapes} if name.startswith("dit"))
+    turn = settings.get("turn") if names == ["dit"] else ""
+    if turn:
+        warnings.warn(
+            f"{folder}: of two networks that take turns this has the one that was trained, for {turn}; the other is in "
+            f"{settings['start_from']}, so write that one's programs too.",
+            stacklevel=3,
+        )
     made = {
-        f"velocity{name.removeprefix('dit')}": _velocity(array, name, models.dit, latent, reads, objective)
-        for name in sorted({found.partition("/")[0] for found in source.shapes})
-        if name.startswith("dit")
+        f"velocity_{turn}" if turn else f"velocity{name.removeprefix('dit')}": _velocity(
+            array, name, models.dit, latent, reads, objective
+        )
+        for name in names
     }
     if models.text is not None:
         of_words |= dict(tokens_BS=array(text["max_tokens"], dtype=jnp.int32))
@@ -322,8 +334,8 @@ def main(prompt, seed=0):
         video, remembered = decode_next(latent_B1hwz=x[:, t : t + 1], remembered=remembered)
         frames.append(video)
     clip = np.clip(np.round((np.concatenate(frames, axis=1)[0] + 1) * 127.5), 0, 255).astype(np.uint8)
-    np.save("clip.npy", clip)
-    print("clip.npy: bytes (T, H, W, 3) =", clip.shape)
+    np.save(HERE / "clip.npy", clip)
+    print(HERE / "clip.npy", "holds bytes (T, H, W, 3) =", clip.shape)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,8 @@ def clip_text(place: epath.PathLike, *, max_tokens: int = 77, dtype: str = "floa
     if max_tokens > model.max_tokens:
         raise ValueError(f"max_tokens={max_tokens}: {place} reads at most {model.max_tokens}; use that, or fewer.")
     shapes = mapping.shapes_of(model, jnp.zeros((1, 2), int))
-    params = mapping.into(shapes, mapping.read(folder), CLIP_TEXT_RULES, dtype=jnp.dtype(dtype))
+    source = _named_whole(mapping.read(folder), "text_model")
+    params = mapping.into(shapes, source, CLIP_TEXT_RULES, dtype=jnp.dtype(dtype))
     words = next((place for place in (folder, folder.parent / "tokenizer") if (place / "vocab.json").exists()), folder)
     pad = 0 if text.get("pad_token_id") == 0 else None
     return Reader(model, params, BytePairTokenizer.read(words, max_tokens=max_tokens, pad=pad))
@@ -127,6 +128,12 @@ CLIP_RULES: mapping.Rules = (
 )
 
 
+def _named_whole(source: Mapping[str, np.ndarray], tower: str) -> dict[str, np.ndarray]:
+    """A tower alone has been saved with and without the first word of its names; with it."""
+    bare = re.compile(r"(embeddings|encoder|pre_layrnorm|post_layernorm|final_layer_norm)\.")
+    return {f"{tower}.{name}" if bare.match(name) else name: array for name, array in source.items()}
+
+
 def _alone(tower: str, rest: str) -> mapping.Rules:
     """Of `CLIP_RULES` those of one tower, without the way to the shared space; the rest is left out."""
     inside = ((theirs, ours.removeprefix(f"{tower}/")) for theirs, ours in CLIP_RULES if ours.startswith(f"{tower}/"))
@@ -186,9 +193,7 @@ def looker(place: epath.PathLike, *, dtype: str = "float32") -> Looker:
     source, config = mapping.read(folder), mapping.settings(folder)
     if "visual.patch_embedding.weight" in source:
         source, config = _visual_as_transformers(source), _sizes_of_visual(source)
-    # `CLIPVisionModel` alone has been saved with and without the first word of its names.
-    alone = re.compile(r"(embeddings|encoder|pre_layrnorm|post_layernorm)\.")
-    source = {f"vision_model.{name}" if alone.match(name) else name: array for name, array in source.items()}
+    source = _named_whole(source, "vision_model")
     model = clip_of({"vision_config": config.get("vision_config") or config}).image.clone(embedding=None, dtype=dtype)
     shapes = mapping.shapes_of(model, jnp.zeros((1, model.image_size, model.image_size, 3)))
     return Looker(model, mapping.into(shapes, source, CLIP_IMAGE_RULES, dtype=jnp.dtype(dtype)))

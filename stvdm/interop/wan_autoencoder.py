@@ -124,11 +124,15 @@ def save(
     Raises:
       ValueError: if the network has what Wan's has not.
     """
-    config = config_of(model, statistics)
-    stem = "diffusion_pytorch_model" if layout == "diffusers" else f"Wan2.{2 if model.shortcuts else 1}_VAE"
+    config, stem = config_of(model, statistics), stem_of(model, layout)
     tensor_files.write(folder, weights.theirs(pairs(model, layout), part), stem=stem, dtype=dtype)
     if jax.process_index() == 0:
         (epath.Path(folder).expanduser() / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def stem_of(model: Autoencoder, layout: Layout) -> str:
+    """Of the files of weights."""
+    return "diffusion_pytorch_model" if layout == "diffusers" else f"Wan2.{2 if model.shortcuts else 1}_VAE"
 
 
 # ---- sizes ----------------------------------------------------------------------------------------------------------

@@ -50,6 +50,7 @@ Opened = TypeVar("Opened")
 
 _KIND = "transformers"  # of a folder of ours that holds nothing else
 _CLIPS = {8: ((81, 480, 832), 16.0), 16: ((121, 704, 1280), 24.0)}  # (T, H, W) and fps, by the autoencoder's scale
+_SCHEDULERS = {"unipc": "UniPCMultistepScheduler", "euler": "FlowMatchEulerDiscreteScheduler"}  # by our sampler
 _FOLLOWED = {  # settings of UniPCMultistepScheduler that samples here follow: the class's default, what they may be
     "prediction_type": ("epsilon", "flow_prediction"),
     "use_flow_sigmas": (False, True),
@@ -103,10 +104,12 @@ def bring(
       dtype: of the transformers' weights, and of their products when they are used; an autoencoder's stay float32.
 
     Raises:
-      FileNotFoundError: if nothing is there.
+      FileNotFoundError: if nothing is there, or the tower is neither there nor a name on the hub.
       ValueError: before anything is written, listing all tensors that are missing, left over or of another shape; for
         damaged files, pickles and settings that no network here has; for a whole model without a tower.
     """
+    if tower:
+        mapping.check_place(tower)
     folder = mapping.folder_of(place)
     alone = _is_autoencoder(folder)
     coder_at = autoencoder or (folder if alone or (folder / "vae").is_dir() else None)
@@ -160,8 +163,8 @@ def bring(
             settings = settings_of(
                 [source.dit for source in sources.values()],
                 coder.model,
-                scheduler=_read(folder / "scheduler" / "scheduler_config.json"),
-                index=_read(folder / "model_index.json"),
+                scheduler=mapping.told_in(folder / "scheduler" / "scheduler_config.json"),
+                index=mapping.told_in(folder / "model_index.json"),
                 towers=towers,
                 dtype=dtype,
             )
@@ -202,31 +205,32 @@ def settings_of(
     config.image.tower = image
     clip, config.data.fps = _CLIPS.get(coder.spatial, _CLIPS[8])
     config.data.buckets = ((*clip, 1, 1.0),)
-    sampler, shift = _schedule(scheduler)
+    of_images = dit.extra_channels > 0
+    usual = {(1, True): 3.0, (2, False): 12.0}.get((len(dits), of_images), 5.0)  # the authors', of such clips
+    sampler, shift = _schedule(scheduler, usual)
     config.flow.shift = config.sample.shift = shift
     config.sample.update(dict(sampler=sampler, spacing=sampler, steps=50, guidance=5.0))
     if len(dits) == 2:
-        of_images = dit.extra_channels > 0
         boundary = index.get("boundary_ratio") or (0.9 if of_images else 0.875)
         high, low = (3.5, 3.5) if of_images else (4.0, 3.0)
         config.sample.update(dict(steps=40, guidance=high, guidance_low=low, boundary=boundary))
     return config
 
 
-def _schedule(scheduler: Mapping[str, Any]) -> tuple[str, float]:
-    """(sampler, shift) of a scheduler's config; a warning for what is not followed."""
-    kind = scheduler.get("_class_name", "UniPCMultistepScheduler")
-    if kind == "FlowMatchEulerDiscreteScheduler":
+def _schedule(scheduler: Mapping[str, Any], usual: float) -> tuple[str, float]:
+    """(sampler, shift) of a scheduler's config, without one the usual shift; a warning for what is not followed."""
+    kind = scheduler.get("_class_name", _SCHEDULERS["unipc"])
+    if kind == _SCHEDULERS["euler"]:
         return "euler", float(scheduler.get("shift", 1.0))
     other = {name: scheduler.get(name, default) for name, (default, _) in _FOLLOWED.items() if scheduler}
     other = {name: value for name, value in other.items() if value != _FOLLOWED[name][1]}
-    if kind != "UniPCMultistepScheduler" or other:
+    if kind != _SCHEDULERS["unipc"] or other:
         warnings.warn(
             f"scheduler: {kind} with {other or 'its settings'} is not what samples here follow, UniPC of order 2 on "
             "flow sigmas; give `--sampler` and `--steps` that suit it.",
             stacklevel=4,
         )
-    return "unipc", float(scheduler.get("flow_shift", 1.0 if scheduler else 5.0))
+    return "unipc", float(scheduler.get("flow_shift", 1.0 if scheduler else usual))
 
 
 def _is_autoencoder(folder: epath.Path) -> bool:
@@ -257,10 +261,6 @@ def _apart(dits: Mapping[str, DiT], coder: wan_autoencoder.Opened | None) -> lis
 
 def _if_there(folder: epath.Path) -> str:
     return str(epath.Path(folder).absolute()) if folder.is_dir() else ""
-
-
-def _read(path: epath.Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
 
 
 # ---- out ------------------------------------------------------------------------------------------------------------
@@ -333,37 +333,55 @@ def give(
 
     For diffusers: ``transformer``, ``vae``, ``scheduler`` and model_index.json, which ``WanPipeline`` loads. In the
     authors' format: one transformer in ``target`` itself, and the autoencoder in ``vae`` under their names. An
-    autoencoder that has not Wan's shape is left out, with a warning. README.md says what it was made from.
+    autoencoder that has not Wan's shape is left out, with a warning, and a text encoder that is no tower. README.md
+    says what it was made from.
 
     Args:
       dtype: of the transformers' weights; an autoencoder's stay float32.
       params: {"dit"}: those of the transformer that was trained, in place of those in the folder.
 
     Raises:
-      FileNotFoundError, ValueError: as `held` and `wan.config_of`.
+      FileNotFoundError, ValueError: as `held` and `wan.config_of`; ValueError if weights lie in ``target`` that this
+        does not write over.
     """
     model, out = held(place), epath.Path(target).expanduser()
     named = {"dit": "transformer" if to == "diffusers" else "."} | {ours: name for name, ours in wan.TURNS[to].items()}
     for dit, _ in model.transformers.values():
         wan.config_of(dit, to)  # refused before anything is written
+    coder = model.autoencoder
+    if coder is not None:
+        try:
+            wan_autoencoder.config_of(coder.model, coder.statistics)
+        except ValueError as error:
+            warnings.warn(f"the autoencoder is left out: {error}", stacklevel=2)
+            coder = None
+    stems = {named[name]: wan.STEM for name in model.transformers}
+    _refuse_others(out, stems if coder is None else {**stems, "vae": wan_autoencoder.stem_of(coder.model, to)})
+    if model.description["kind"] == "dit" and not model.description["config"]["text"].get("tower"):
+        warnings.warn("the text encoder that was trained along is left out: the format has no place", stacklevel=2)
     folders = []
     for name, (dit, part) in model.transformers.items():
         if params is not None and name in ("dit", f"dit_{model.description['config'].get('turn')}"):
             part = weights.of_tree(params["dit"])
         folders.append(str(out / named[name]))
         wan.save(folders[-1], dit, part, to, dtype=dtype, shard_bytes=shard_bytes)
-    coder = model.autoencoder
     if coder is not None:
-        try:
-            wan_autoencoder.save(out / "vae", coder.model, coder.part, coder.statistics, to)
-            folders.append(str(out / "vae"))
-        except ValueError as error:
-            warnings.warn(f"the autoencoder is left out: {error}", stacklevel=2)
-            coder = None
+        wan_autoencoder.save(out / "vae", coder.model, coder.part, coder.statistics, to)
+        folders.append(str(out / "vae"))
     if jax.process_index() == 0:
         whole = bool(model.transformers) and coder is not None
-        if whole and to == "diffusers":
+        if whole and coder is not None and to == "diffusers":
             settings = model.description["config"]
+            latent_thw = coder.model.latent_shape(pipeline.largest_clip(settings), settings["model"]["patch"])
+            shift = settings["sample"]["shift"] or pipeline.shift_of(latent_thw, coder.model, settings)
+            settings = {**settings, "sample": {**settings["sample"], "shift": shift}}
+            own, there = settings["sample"], _sampler_there(settings)
+            if left := [f"sample.{key}={own[key]!r}" for key in ("sampler", "spacing") if own[key] != there]:
+                warnings.warn(
+                    f"{' and '.join(left)} stays behind: the scheduler is written as {_SCHEDULERS[there]}, so clips "
+                    f"made there are not those made here, unless these are made with {there!r} too.",
+                    stacklevel=2,
+                )
             for name, content in (
                 ("scheduler/scheduler_config.json", scheduler_of(settings)),
                 ("model_index.json", index_of(list(model.transformers.values()), settings)),
@@ -374,18 +392,29 @@ def give(
     return folders
 
 
+def _refuse_others(out: epath.Path, stems: Mapping[str, str]) -> None:
+    """Raises ValueError for weights where loaders look, but for those of these stems, by folder."""
+    for name in (".", "transformer", "vae", *wan.TURNS["diffusers"], *wan.TURNS["original"]):
+        there = (out / name).iterdir() if (out / name).is_dir() else ()
+        found = sorted(path.name for path in there if ".safetensors" in path.name)
+        if others := [file for file in found if name not in stems or not file.startswith(stems[name])]:
+            raise ValueError(
+                f"{out / name}: holds {', '.join(others)}, which this does not write over, and loaders would take it "
+                "for a part of what is written; name another folder, or move what is there."
+            )
+
+
 def scheduler_of(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """scheduler_config.json of a config's ``sample``."""
-    sample = settings["sample"]
-    if sample["sampler"] == "euler":
-        return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": sample["shift"]}
+    """scheduler_config.json of a config's ``sample``, whose shift is a number: not 0, by token count."""
+    there, shift = _sampler_there(settings), settings["sample"]["shift"]
+    if there == "euler":
+        return {"_class_name": _SCHEDULERS[there], "num_train_timesteps": 1000, "shift": shift}
     followed = {name: value for name, (_, value) in _FOLLOWED.items()}
-    return {
-        "_class_name": "UniPCMultistepScheduler",
-        "num_train_timesteps": 1000,
-        "flow_shift": sample["shift"] or 1.0,
-        **followed,
-    }
+    return {"_class_name": _SCHEDULERS[there], "num_train_timesteps": 1000, "flow_shift": shift, **followed}
+
+
+def _sampler_there(settings: Mapping[str, Any]) -> str:
+    return "euler" if settings["sample"]["sampler"] == "euler" else "unipc"
 
 
 def index_of(transformers: list[tuple[DiT, weights.Part]], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -436,23 +465,31 @@ def card_of(place: epath.PathLike, model: Held, to: wan.Format, folders: list[st
         lines.append(f"- read its prompts by: `{tower}`, which is not in this folder")
     if whole and to == "diffusers":
         sample, (T, H, W) = settings["sample"], pipeline.largest_clip(settings)
-        kind = index_of(list(model.transformers.values()), settings)["_class_name"]
+        index = index_of(list(model.transformers.values()), settings)
+        kind, looks, begins = index["_class_name"], "image_encoder" in index, index["_class_name"] != "WanPipeline"
+        classes = ["AutoTokenizer", *(["CLIPImageProcessor", "CLIPVisionModel"] if looks else []), "UMT5EncoderModel"]
+        low = f", guidance_scale_2={sample['guidance_low'] or sample['guidance']}" if index["boundary_ratio"] else ""
         lines += [
             "",
             "```python",
             "import torch",
             f"from diffusers import {kind}",
-            "from transformers import AutoTokenizer, UMT5EncoderModel",
+            *(["from diffusers.utils import load_image"] if begins else []),
+            f"from transformers import {', '.join(classes)}",
             "",
             'tower, words = "text_encoder", "tokenizer"  # of the model that it was made from',
+            *(['looks, cuts = "image_encoder", "image_processor"  # likewise'] if looks else []),
             f"pipe = {kind}.from_pretrained(",
             '    ".",',
             "    text_encoder=UMT5EncoderModel.from_pretrained(tower, torch_dtype=torch.bfloat16),",
             "    tokenizer=AutoTokenizer.from_pretrained(words),",
+            *(["    image_encoder=CLIPVisionModel.from_pretrained(looks),"] if looks else []),
+            *(["    image_processor=CLIPImageProcessor.from_pretrained(cuts),"] if looks else []),
             "    torch_dtype=torch.bfloat16,",
             ")",
-            f"frames = pipe(PROMPT, num_frames={T}, height={H}, width={W}, num_inference_steps={sample['steps']},",
-            f"              guidance_scale={sample['guidance']}).frames[0]",
+            f"frames = pipe({'image=load_image(IMAGE), ' if begins else ''}prompt=PROMPT,",
+            f"              num_frames={T}, height={H}, width={W}, num_inference_steps={sample['steps']},",
+            f"              guidance_scale={sample['guidance']}{low}).frames[0]",
             "```",
         ]
     lines += ["", "Config it was trained or published with:", "", "```json"]

@@ -19,7 +19,6 @@ Pickles are never opened.
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -61,7 +60,7 @@ class Weights:
                     raise ValueError(f"{file}: {name} stands in {self.places[name].file.name} too.")
                 self.places[name] = found
         if index is not None:
-            told = json.loads(index.read_text())["weight_map"]
+            told = _where(index)
             wrong = {name for name in told.keys() | self.places.keys() if not self._is_in(name, told.get(name))}
             if wrong:
                 raise ValueError(
@@ -206,9 +205,17 @@ def _files_of(source: epath.Path) -> tuple[list[epath.Path], epath.Path | None]:
         if len(indices) > 1:
             raise ValueError(f"{source}: {len(indices)} indices, of {', '.join(p.name for p in indices)}; leave one.")
         if indices:
-            named = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
+            named = sorted(set(_where(indices[0]).values()))
             missing = [name for name in named if not (source / name).exists()]
             if missing:
                 raise FileNotFoundError(f"{indices[0]}: of {len(named)} files are missing {', '.join(missing)}.")
             return [source / name for name in named], indices[0]
     return mapping.files_of(source), None
+
+
+def _where(index: epath.Path) -> dict[str, str]:
+    """Which file each tensor is in, by an index."""
+    told = mapping.told_in(index).get("weight_map")
+    if not isinstance(told, dict):
+        raise ValueError(f"{index}: expected a weight_map of tensors to files; copy it again.")
+    return told

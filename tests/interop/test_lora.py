@@ -7,9 +7,10 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from stvdm.interop import lora as files
-from stvdm.interop import mapping, wan
+from stvdm.interop import wan
 from stvdm.models import lora
 from stvdm.models.dit import DiT
 
@@ -141,8 +142,71 @@ def test_a_folder_for_peft_says_what_it_holds(adapters, tmp_path):
     assert (said["r"], said["lora_alpha"], said["peft_type"]) == (4, 4, "LORA")
     assert {"attn1.to_q", "attn2.to_out.0", "ffn.net.2"} <= set(said["target_modules"])
     assert len(said["target_modules"]) == 11
-    back = files.from_foreign(mapping.read(tmp_path / "style"), TABLES)
+    back = files.from_foreign(files.read(tmp_path / "style"), TABLES)
     jax.tree.map(np.testing.assert_array_equal, back, adapters)
+
+
+ALPHA = {"r": 4, "lora_alpha": 8, "alpha_pattern": {r"blocks\.2\.attn1\.to_q": 1, "to_q": 2}}
+
+
+@pytest.mark.parametrize(
+    ("beside", "scales"),  # of blocks.1.attn1.to_q, blocks.2.attn1.to_q, blocks.2.attn1.to_k
+    [(ALPHA, (0.5, 0.25, 2)), (ALPHA | {"use_rslora": True}, (1, 0.5, 4)), ({"r": 4}, (1, 1, 1))],
+)
+@pytest.mark.parametrize("form", ["peft", "diffusers"])
+def test_alpha_is_found_where_it_is_said(adapters, tmp_path, form, beside, scales):
+    """PEFT's layers count lora_alpha / r times, or / sqrt(r); its own code says so in the test below."""
+    tensors = files.to_foreign(adapters, TABLES, form)
+    if form == "peft":
+        files.write(tmp_path, tensors, form)
+        (tmp_path / "adapter_config.json").write_text(json.dumps(beside))
+    else:
+        said = {f"transformer.{name}": value for name, value in beside.items()}
+        save_file(tensors, tmp_path / "style.safetensors", {"lora_adapter_metadata": json.dumps(said)})
+    found = files.from_foreign(files.read(tmp_path), TABLES)
+    for layer, name, scale in zip((1, 2, 2), ("query", "query", "key"), scales, strict=True):
+        up, expected = (
+            tree["dit"]["layers"]["block_0"]["self_attention"][name]["up"][layer] for tree in (found, adapters)
+        )
+        np.testing.assert_array_equal(up, expected * np.float32(scale))
+
+
+def test_alpha_may_be_a_whole_number_and_files_are_not_mixed(adapters, tmp_path):
+    tensors = files.to_foreign(adapters, TABLES, "comfyui")
+    alpha = {f"{name.rsplit('.lora_', 1)[0]}.alpha": np.array([2]) for name in tensors}
+    save_file(tensors | alpha, tmp_path / "style-000001.safetensors")
+    jax.tree.map(
+        np.testing.assert_array_equal, files.from_foreign(files.read(tmp_path), TABLES), lora.scaled(adapters, 0.5)
+    )
+    save_file(tensors, tmp_path / "style-000002.safetensors")
+    with pytest.raises(ValueError, match="style-000002.safetensors: .* stands in style-000001.safetensors too"):
+        files.read(tmp_path)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_what_peft_and_diffusers_save_adds_here_what_it_adds_there(tmp_path, use_rslora):
+    pytest.importorskip("torch")
+    diffusers, peft = pytest.importorskip("diffusers"), pytest.importorskip("peft")
+    config = {name: value for name, value in wan.config_of(DIT, "diffusers").items() if not name.startswith("_")}
+    said = peft.LoraConfig(
+        r=4,
+        lora_alpha=16,
+        target_modules=["to_q"],
+        alpha_pattern={"attn2.to_q": 3},
+        use_rslora=use_rslora,
+        init_lora_weights=False,
+    )
+    model = diffusers.WanTransformer3DModel(**config)
+    model.add_adapter(said)
+    model.save_lora_adapter(tmp_path / "diffusers")
+    other = diffusers.WanTransformer3DModel(**config)
+    peft.get_peft_model(other, said).save_pretrained(tmp_path / "peft")
+    for folder, saved in (("diffusers", model), ("peft", other)):
+        found = files.from_foreign(files.read(tmp_path / folder), TABLES)["dit"]["layers"]["block_0"]
+        for ours, theirs in (("self_attention", "attn1"), ("cross_attention", "attn2")):
+            added = getattr(saved.blocks[1], theirs).to_q.get_delta_weight("default").detach().numpy()
+            query = found[ours]["query"]
+            np.testing.assert_allclose((query["down"][1] @ query["up"][1]).T, added, atol=1e-5)
 
 
 def test_peft_loads_them_into_diffusers(adapters, tmp_path):

@@ -81,6 +81,37 @@ def test_files_are_read_in_every_float(tmp_path):
     assert mapping.read(tmp_path / "one.safetensors").keys() == {"a"}
 
 
+@pytest.mark.parametrize("end", [0, 3, 40, -4])
+def test_a_damaged_file_is_named(tmp_path, end):
+    save_file({"a": np.ones((2, 3), np.float32)}, tmp_path / "one.safetensors")
+    whole = (tmp_path / "one.safetensors").read_bytes()
+    (tmp_path / "one.safetensors").write_bytes(whole[:end])
+    with pytest.raises(ValueError, match="one.safetensors: .*copy it again"):
+        mapping.read(tmp_path)
+
+
+@pytest.mark.parametrize("text", ['{"dim": 1', "[1, 2]", "[]", ""])
+def test_a_damaged_config_is_named(tmp_path, text):
+    assert mapping.settings(tmp_path) == {}
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="config.json: expected a JSON object.*copy it again"):
+        mapping.settings(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"num_attention_heads": 0}', "num_attention_heads=0"),
+        ('{"vision_config": {"hidden_size": null}}', "hidden_size=None"),
+        ('{"num_layers": "12"}', "num_layers='12'"),
+    ],
+)
+def test_sizes_of_a_config_that_are_none_are_named(tmp_path, text, said):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=f"config.json: {said}: expected a whole number of at least 1"):
+        mapping.settings(tmp_path)
+
+
 def test_pickles_stay_shut(tmp_path):
     with pytest.raises(FileNotFoundError, match="expected a .safetensors file, or a folder of them"):
         mapping.read(tmp_path)
@@ -114,6 +145,13 @@ def test_a_folder_is_taken_before_the_hub(tmp_path, monkeypatch):
     assert asked == [("openai/some-model", ("*.safetensors", "*.json", "*.txt", "*.model"))]
     with pytest.raises(FileNotFoundError, match="no/such/folder: expected a folder of safetensors"):
         mapping.folder_of("no/such/folder")
+
+    def nobody(name, allow_patterns):
+        raise ConnectionError("no route to the hub")
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=nobody))
+    with pytest.raises(FileNotFoundError, match="runs/typo: there is no such folder, and .* no route to the hub"):
+        mapping.folder_of("runs/typo")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ImportError, match="pip install huggingface_hub"):
         mapping.folder_of("openai/some-model")

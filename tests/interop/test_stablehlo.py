@@ -106,6 +106,18 @@ def test_the_example_samples_as_the_pipeline_does(tiny_model, tmp_path):
     assert np.abs(there.astype(int) - here.videos[0]).max() <= 1
 
 
+def test_a_model_that_begins_with_an_image_has_no_example_of_sampling_without(tiny_model, tmp_path):
+    params, about = checkpoint.load_model(tiny_model)
+    kernel = params["dit"]["patch"]["linear"]["kernel"]
+    params["dit"]["patch"]["linear"]["kernel"] = np.resize(kernel, (kernel.shape[0] // 4 * 10, kernel.shape[1]))
+    about["config"]["model"]["extra_channels"] = 6  # a mask of 2 frames, and 4 of a latent
+    checkpoint.save_model(tmp_path / "run", params, about)
+    stablehlo.write(tmp_path / "run", tmp_path / "out")
+    said = json.loads((tmp_path / "out" / "programs.json").read_text())["programs"]
+    assert said["velocity"]["inputs"]["latent_Bthwz"] == "float32[B, 3, 4, 4, 10]"
+    assert not (tmp_path / "out" / "example.py").exists()
+
+
 @pytest.mark.parametrize("case", ["t2v", "i2v"])
 def test_wan_runs_elsewhere(case, tmp_path, monkeypatch):
     source, (t, h, w) = tmp_path / "transformer", foreign_wan.GRID
@@ -143,6 +155,17 @@ def test_other_weights_may_take_the_place_of_some(tiny_model, tmp_path):
     (found,) = (load_file(tmp_path / file) for file in programs["text"]["weights"])
     for name, leaf in traverse_util.flatten_dict({"text": params["text"]}, sep="/").items():
         np.testing.assert_array_equal(found[name], leaf)
+
+
+def test_of_two_networks_the_one_that_was_trained_says_which_it_is(tiny_model, tmp_path):
+    params, about = checkpoint.load_model(tiny_model)
+    settings = about["config"] | {"turn": "high_noise", "start_from": "both"}
+    checkpoint.save_model(tmp_path / "run", params, about | {"config": settings})
+    with pytest.warns(UserWarning, match="the one that was trained, for high_noise; the other is in both"):
+        stablehlo.write(tmp_path / "run", tmp_path / "out")
+    said = json.loads((tmp_path / "out" / "programs.json").read_text())["programs"]
+    assert said.keys() == {"velocity_high_noise", "text", "decode_first", "decode_next"}
+    assert not (tmp_path / "out" / "example.py").exists()
 
 
 def test_weights_may_be_halves_and_come_in_several_files(tiny_model, tmp_path):

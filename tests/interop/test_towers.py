@@ -38,6 +38,15 @@ def test_text_of_clip_is_its_last_layer_and_zero_at_padding(tmp_path):
         towers.reader(tmp_path, max_tokens=20)
 
 
+def test_a_text_tower_alone_may_lack_the_first_word_of_its_names(tower, tmp_path):
+    """As transformers 5 saves a ``CLIPTextModel``."""
+    there = shutil.copytree(tower, tmp_path / "bare")
+    bare = {name.removeprefix("text_model."): array for name, array in load_file(there / "model.safetensors").items()}
+    save_file(bare, there / "model.safetensors")
+    expected, found = (towers.reader(place, max_tokens=20)(CAPTIONS)[0] for place in (tower, there))
+    np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize("kind", ["umt5", "t5"])
 def test_text_of_t5_is_its_last_layer_and_zero_at_padding(tmp_path, kind):
     pytest.importorskip("tokenizers")

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A whole Wan comes in, is sampled as diffusers samples it, and goes out as it was; so do parts of one."""
 
+import importlib.util
 import json
+import re
 
 import flax.linen as nn
 import foreign
@@ -10,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from stvdm import checkpoint
@@ -130,6 +133,33 @@ def test_diffusers_samples_what_goes_out_as_what_came_in(published, ours, tmp_pa
         np.testing.assert_array_equal(array, expected[name], err_msg=name)
 
 
+@pytest.mark.parametrize(("kind", "two"), [("t2v", False), ("i2v", False), ("i2v-a14b", True)])
+def test_what_its_card_says_runs(tmp_path, kind, two):
+    """With a smaller clip and two steps, and the towers where they lie."""
+    for package in ("torch", "diffusers", "transformers", "accelerate", "ftfy"):
+        pytest.importorskip(package)
+    given = foreign_wan_model.write(tmp_path / "given", two=two, kind=kind)
+    wan_model.bring(given, tmp_path / "ours")
+    wan_model.give(tmp_path / "ours", tmp_path / "out", "diffusers")
+    Image.fromarray(np.zeros((40, 50, 3), np.uint8)).save(tmp_path / "image.png")
+    (given / "image_processor").mkdir()
+    size = foreign.CLIP["vision_config"]["image_size"]
+    sides = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
+    (given / "image_processor" / "preprocessor_config.json").write_text(json.dumps(sides))
+    special = {"pad_token": "<pad>", "eos_token": "</s>"}
+    (given / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(special))
+    code = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    for name in ("text_encoder", "tokenizer", "image_encoder", "image_processor"):
+        code = code.replace(f'"{name}"', repr(str(given / name)))
+    code = code.replace('"."', repr(str(tmp_path / "out")))
+    code = re.sub(r"num_frames=.*steps=\d+", "num_frames=5, height=32, width=48, num_inference_steps=2", code)
+    found = {"PROMPT": "a red ball", "IMAGE": str(tmp_path / "image.png")}
+    exec(code, found)
+    assert found["frames"].shape == (5, 32, 48, 3) and np.isfinite(found["frames"]).all()
+    assert found["pipe"].config.boundary_ratio == (0.875 if two else None)
+    assert ("guidance_scale_2=3.5" in code) == two
+
+
 def test_the_config_says_how_it_was_published(published, ours):
     _, description = checkpoint.load_model(ours)
     settings = description["config"]
@@ -178,8 +208,12 @@ def test_schedulers_are_followed(scheduler, expected):
 @pytest.mark.parametrize(
     ("size", "coder", "expected"),
     [
-        ("t2v-14b", wan_autoencoder.WAN_2_1, dict(boundary=0.875, guidance=4.0, guidance_low=3.0, steps=40)),
-        ("i2v-a14b", wan_autoencoder.WAN_2_1, dict(boundary=0.9, guidance=3.5, guidance_low=3.5, steps=40)),
+        (
+            "t2v-14b",
+            wan_autoencoder.WAN_2_1,
+            dict(boundary=0.875, guidance=4.0, guidance_low=3.0, steps=40, shift=12.0),
+        ),
+        ("i2v-a14b", wan_autoencoder.WAN_2_1, dict(boundary=0.9, guidance=3.5, guidance_low=3.5, steps=40, shift=5.0)),
     ],
 )
 def test_two_transformers_are_sampled_as_their_authors_do(size, coder, expected):
@@ -191,10 +225,56 @@ def test_two_transformers_are_sampled_as_their_authors_do(size, coder, expected)
     assert config.model.extra_channels == dit.extra_channels
 
 
+@pytest.mark.parametrize(("sampler", "said"), [("euler", "shift"), ("unipc", "flow_shift")])
+def test_a_shift_by_token_count_goes_out_as_the_number_it_is(ours, tmp_path, sampler, said):
+    """Of the clips that it was trained on: 0 would be no noise at any time."""
+    params, description = checkpoint.load_model(ours)
+    config = description["config"]
+    config["sample"] |= {"shift": 0.0, "sampler": sampler}
+    config["data"]["buckets"] = [[9, 32, 48, 1, 1.0]]  # 3 x 2 x 3 tokens
+    config["flow"]["base_tokens"] = 2
+    checkpoint.save_model(tmp_path / "ours", params, description)
+    wan_model.give(tmp_path / "ours", tmp_path / "out", "diffusers")
+    scheduler = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler[said] == 3.0  # the root of 18 / 2
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpm++"])
+def test_a_sampler_that_has_no_scheduler_there_stays_behind_with_a_warning(ours, tmp_path, sampler):
+    params, description = checkpoint.load_model(ours)
+    description["config"]["sample"]["sampler"] = sampler
+    checkpoint.save_model(tmp_path / "ours", params, description)
+    with pytest.warns(UserWarning, match=f"sampler='{re.escape(sampler)}' stays behind: .* UniPC"):
+        wan_model.give(tmp_path / "ours", tmp_path / "out", "diffusers")
+
+
+@pytest.mark.parametrize("sampler", ["euler", "unipc"])
+def test_times_that_no_scheduler_there_takes_stay_behind_with_a_warning(ours, tmp_path, sampler):
+    params, description = checkpoint.load_model(ours)
+    description["config"]["sample"].update(sampler=sampler, spacing="even")
+    checkpoint.save_model(tmp_path / "ours", params, description)
+    with pytest.warns(UserWarning, match=f"sample.spacing='even' stays behind: .*made with '{sampler}' too"):
+        wan_model.give(tmp_path / "ours", tmp_path / "out", "diffusers")
+
+
 def test_a_model_for_larger_latents_has_its_own_clips():
     parts = dict(scheduler={}, index={}, towers={"text": "tower", "image": None}, dtype="float32")
     config = wan_model.settings_of([DiT(**wan.MODELS["ti2v-5b"])], wan_autoencoder.WAN_2_2, **parts)
     assert (tuple(config.data.buckets[0][:3]), config.data.fps) == ((121, 704, 1280), 24.0)
+
+
+@pytest.mark.parametrize("name", ["1.3b", "14b", "i2v-14b", "ti2v-5b", "t2v-a14b", "i2v-a14b"])
+def test_where_no_file_says_it_times_are_shifted_as_in_the_config_to_tune_it(name):
+    spec = importlib.util.spec_from_file_location("wan_finetune", "configs/wan_finetune.py")
+    told = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(told)
+    size = {"1.3b": "t2v-1.3b", "14b": "t2v-14b", "t2v-a14b": "t2v-14b"}.get(name, name)
+    coder = wan_autoencoder.WAN_2_2 if name == "ti2v-5b" else wan_autoencoder.WAN_2_1
+    parts = dict(scheduler={}, index={}, towers={"text": "tower", "image": None}, dtype="float32")
+    dits = [DiT(**wan.MODELS[size])] * (2 if "a14b" in name else 1)
+    config = wan_model.settings_of(dits, coder, **parts)
+    assert config.sample.shift == config.flow.shift == told.MODELS[name]["shift"]
+    assert tuple(config.data.buckets[0][:3]) == told.MODELS[name]["clip"]
 
 
 def tensors_of(folder):
@@ -282,8 +362,22 @@ def test_an_autoencoder_alone_comes_in_and_goes_out(published, ours, tmp_path, f
         assert (tmp_path / "back" / "vae" / path.name).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.parametrize(("before", "now"), [("diffusers", "original"), ("original", "diffusers")])
+def test_over_another_format_nothing_is_written(ours, tmp_path, before, now):
+    """The older would be beside the newer, and be what is imported."""
+    wan_model.give(ours, tmp_path, before)
+    wan_model.give(ours, tmp_path, before)
+    there = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(ValueError, match="holds diffusion_pytorch_model.safetensors, .* name another folder"):
+        wan_model.give(ours, tmp_path, now)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == there
+
+
 def test_what_was_trained_here_goes_out(tmp_path, tiny_model):
-    with pytest.warns(UserWarning, match="the autoencoder is left out: .*convolution='separable'"):
+    with (
+        pytest.warns(UserWarning, match="the autoencoder is left out: .*convolution='separable'"),
+        pytest.warns(UserWarning, match="the text encoder that was trained along is left out"),
+    ):
         (folder,) = wan_model.give(tiny_model, tmp_path / "given", "diffusers")
     assert folder == str(tmp_path / "given" / "transformer")
     assert not (tmp_path / "given" / "model_index.json").exists()
@@ -325,10 +419,12 @@ def test_parts_of_two_models_are_refused(published, tmp_path):
     dit = DiT(**wan.fields_of(other, foreign_wan_model.transformer_shapes()))
     wan.save(tmp_path / "given", dit, weights.of_tree(randomly(dit, 1)), "diffusers")
     with pytest.raises(ValueError, match="dit has latents of 7 channels, expected 5, which the autoencoder has"):
-        wan_model.bring(tmp_path / "given", tmp_path / "ours", autoencoder=published / "vae", tower="tower")
+        wan_model.bring(tmp_path / "given", tmp_path / "ours", autoencoder=published / "vae", tower="some/tower")
 
 
 def test_folders_that_are_none_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="typo: expected a folder of safetensors, or the OWNER/NAME"):
+        wan_model.bring(tmp_path, tmp_path / "ours", tower="typo")
     with pytest.raises(FileNotFoundError, match="expected the folder of a Wan model or of its transformer"):
         wan_model.bring(tmp_path, tmp_path / "ours")
     with pytest.raises(
