@@ -8,7 +8,6 @@ print(report.as_text(planner.compiled()))
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,6 +19,7 @@ from stvdm import config as base
 from stvdm import shapes
 from stvdm.planning import cache, chips
 from stvdm.planning import search as search_lib
+from stvdm.tensor_files import told_in
 
 
 class Planner:
@@ -144,4 +144,4 @@ def _autoencoder_settings(config: ConfigDict, named: str | None) -> dict[str, An
             f"autoencoder={named!r}: expected a run or a model there, or a config file; name one with --autoencoder, "
             "e.g. --autoencoder=configs/autoencoder_kinetic.py"
         )
-    return json.loads(described[0].read_text())["autoencoder"]
+    return told_in(described[0])["autoencoder"]

@@ -29,7 +29,6 @@ REMAT = {  # from most memory to least
     "autoencoder": ("nothing", "stages"),
 }
 LARGEST = {"context": 16, "tensor": 8}  # beyond these a step of this model is all talk
-STATE_BYTES = 4 * 3  # of a parameter, at the least: the weight, its average, one moment
 
 
 class Rung(NamedTuple):
@@ -57,7 +56,7 @@ class Found(NamedTuple):
     slower: int  # as estimated
     unseen: int  # there were no ``tries`` left
     limit_bytes: float
-    state_bytes: float  # weights, average and one moment alone, spread over all devices
+    state_bytes: float  # weights, averages and moments alone, spread over all devices
     larger: str  # the smallest slice of this chip that has a mesh and enough memory in all, "" if none fits or has
 
     @property
@@ -110,7 +109,7 @@ def search(
             f"{config.data.buckets[0][3]} clips and the model; change data.buckets' batch or take fewer devices."
         )
     limit_bytes = CHIPS[chip].memory_gib * 2**30
-    state_bytes = STATE_BYTES * sum(outline["parameters"].values())
+    state_bytes = outline["state_bytes"]
     policies = _worthwhile(REMAT[config.kind], arithmetic)
     least = arithmetic(policies[0])
     meshes = sorted(

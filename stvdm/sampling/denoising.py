@@ -211,6 +211,18 @@ def guided_velocity(
 
     It is asked at times of ``stops`` alone.
     """
+    first = given.known_B1hwz
+
+    def pinned(velocity: flow.Velocity) -> flow.Velocity:
+        if first is None:
+            return velocity
+
+        def at(x: jax.Array, t: jax.Array) -> jax.Array:
+            is_known = first_frame.is_known(given, x.shape[1])
+            return guidance.keep_known(velocity, jnp.where(is_known, first, 0.0), is_known)(x, t)
+
+        return at
+
     velocities = []
     for tokens_BS, mask_BS in (prompt, null):
         text_BSE = models.read(params, tokens_BS, mask_BS)
@@ -221,7 +233,8 @@ def guided_velocity(
             told = stops.told[jnp.argmin(jnp.abs(stops.times - t))]
             return models.predict(params, x, jnp.full(x.shape[:1], told), text_BSE, mask_BS, given)
 
-        velocities.append(flow.velocity_field(predict, objective=how.objective))
+        # Before guidance too, whose rescale looks at all of a clip: no loss ever saw what a network says of the known.
+        velocities.append(pinned(flow.velocity_field(predict, objective=how.objective)))
     guided = guidance.classifier_free(
         *velocities,
         scale=how.guidance,
@@ -229,12 +242,4 @@ def guided_velocity(
         rescale=how.guidance_rescale,
         path=how.objective.path,
     )
-    first = given.known_B1hwz
-    if first is None:
-        return guided
-
-    def pinned(x: jax.Array, t: jax.Array) -> jax.Array:
-        is_known = first_frame.is_known(given, x.shape[1])
-        return guidance.keep_known(guided, jnp.where(is_known, first, 0.0), is_known)(x, t)
-
-    return pinned
+    return pinned(guided)

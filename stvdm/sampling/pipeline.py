@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.resources
+import json
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -142,7 +143,7 @@ class Pipeline:
     tokenizer: WordTokenizer | BytePairTokenizer | PieceTokenizer
     params: Tree
     settings: dict[str, Any]  # the config it was trained with
-    digest: str  # sha256 of its weights
+    digest: str  # sha256 of its weights; with adapters, of that of each part and how much of it
     reader: towers.Reader | None = None
     looker: towers.Looker | None = None
 
@@ -170,8 +171,14 @@ class Pipeline:
         """
         params, description = load_whole(bundled() if path is None else path)
         if description["kind"] == "lora":
-            adapters = [(path or "", 1.0), *adapters]
-            params, description = load_whole(description["base"])
+            adapters, base = [(path or "", 1.0), *adapters], description["base"]
+            try:
+                params, description = load_whole(base)
+            except FileNotFoundError as error:
+                raise FileNotFoundError(
+                    f"{path}: adapters, trained beside the model in {base!r}, which is not there; give that model "
+                    "where it lies now, and these as `adapters` (`--checkpoint`, `--lora`)."
+                ) from error
         if description["kind"] != "dit":
             remedy = {
                 "autoencoder": "train a transformer on it with `stvdm train dit`, and give that folder.",
@@ -183,6 +190,9 @@ class Pipeline:
         trained = [(adapters_of(place, description["sha256"]), weight) for place, weight in adapters]
         if trained:
             params = {**params, **lora.beside(transformers_of(params, trained), trained)}
+            theirs = [(checkpoint.describe_model(model_folder(place))["sha256"], weight) for place, weight in adapters]
+            parts = json.dumps([description["sha256"], *sorted(theirs)])
+            description = {**description, "sha256": hashlib.sha256(parts.encode()).hexdigest()}
         reader = reader_of(description["config"], tower)
         looker = looker_of(description["config"], image_tower)
         return cls.of(params, description, reader=reader and reader.on(), looker=looker)
@@ -244,6 +254,7 @@ class Pipeline:
         width: int | None = None,
         batch_size: int = 1,
         progress: Callable[[int, int], None] | None = None,
+        made: Callable[[Result], None] | None = None,
     ) -> Result:
         """Videos of the prompts, ``num`` of each, with the seeds seed, seed + 1, ...; what is None is as in training.
 
@@ -255,6 +266,7 @@ class Pipeline:
           guidance_low: of two networks that take turns, that of the second.
           batch_size: videos made side by side.
           progress: called with (steps done, steps in all), over all videos.
+          made: called with the videos of each batch, as soon as they are decoded.
 
         Raises:
           ValueError: for a prompt with words the model never saw, a size it cannot make, an image that it cannot take
@@ -265,9 +277,23 @@ class Pipeline:
         asked = dict(steps=steps, guidance=guidance, sampler=sampler, negative=negative, guidance_low=guidance_low)
         chosen.update({name: value for name, value in asked.items() if value is not None})
         T, H, W = self.default_shape
-        shape = (num_frames or T, height or H, width or W)
+        shape = (
+            T if num_frames is None else num_frames,
+            H if height is None else height,
+            W if width is None else width,
+        )
+        if isinstance(prompts, str):
+            raise ValueError(f"prompts={prompts!r}: expected a list of sentences, so write [{prompts!r}].")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: expected at least 1 video.")
+        if guidance_low is not None and denoising.HIGH not in self.params:
+            warnings.warn(f"guidance_low={guidance_low} has no effect: this model has one network.", stacklevel=2)
         videos_to_make = [(prompt, seed + i) for prompt in prompts for i in range(num)]
         if seeds is not None:
+            if (len(seeds), num) != (len(prompts), 1):
+                raise ValueError(
+                    f"{len(seeds)} seeds for {len(prompts)} prompts, num={num}: expected one for each, and num=1."
+                )
             videos_to_make = list(zip(prompts, seeds, strict=True))
         self._check(prompts, [s for _, s in videos_to_make], chosen, num)
         latent_thw = self.autoencoder.latent_shape(shape, self.models.dit.patch)
@@ -280,23 +306,6 @@ class Pipeline:
         how = denoising.how_of(self.settings["flow"], chosen)
         given = self._given(image, shape, batch_size)
         null = self.words([chosen["negative"]] * batch_size)
-        total = chosen["steps"]
-        videos, latents = [], []
-        for start in range(0, len(videos_to_make), batch_size):
-            part = videos_to_make[start : start + batch_size]
-            padded = part + [part[-1]] * (batch_size - len(part))  # one compiled shape
-            noise = jnp.stack([noise_of(s, (*latent_thw, self.autoencoder.latent_channels)) for _, s in padded])
-            prompt = self.words([text for text, _ in padded])
-            if progress is not None:
-                before, everything = start * total, len(videos_to_make) * total
-                _relay.listener = functools.partial(_tell, progress, before, len(part), everything)
-            callback = None if progress is None else _relay
-            made = denoising.denoise(
-                self.models, self.networks, noise, stops, prompt, null, how=how, given=given, callback=callback
-            )
-            latent = checkpoint.on_host(made)  # in a training it may lie split over all processes
-            videos.append(self.decode(latent)[: len(part)])
-            latents.append(latent[: len(part)])
         settings = dict(
             **{
                 name: list(value) if isinstance(value, tuple) else value
@@ -312,9 +321,28 @@ class Pipeline:
         )
         if isinstance(image, np.ndarray):
             settings["image_sha256"] = hashlib.sha256(image.tobytes()).hexdigest()
+        total = chosen["steps"]
+        results: list[Result] = []
+        for start in range(0, len(videos_to_make), batch_size):
+            part = videos_to_make[start : start + batch_size]
+            padded = part + [part[-1]] * (batch_size - len(part))  # one compiled shape
+            noise = jnp.stack([noise_of(s, (*latent_thw, self.autoencoder.latent_channels)) for _, s in padded])
+            prompt = self.words([text for text, _ in padded])
+            if progress is not None:
+                before, everything = start * total, len(videos_to_make) * total
+                _relay.listener = functools.partial(_tell, progress, before, len(part), everything)
+            callback = None if progress is None else _relay
+            denoised = denoising.denoise(
+                self.models, self.networks, noise, stops, prompt, null, how=how, given=given, callback=callback
+            )
+            latent = checkpoint.on_host(denoised)  # in a training it may lie split over all processes
+            videos, n = self.decode(latent), len(part)
+            results.append(Result(videos[:n], latent[:n], [text for text, _ in part], [s for _, s in part], settings))
+            if made is not None:
+                made(results[-1])
         return Result(
-            videos=np.concatenate(videos),
-            latents=np.concatenate(latents),
+            videos=np.concatenate([result.videos for result in results]),
+            latents=np.concatenate([result.latents for result in results]),
             prompts=[prompt for prompt, _ in videos_to_make],
             seeds=[s for _, s in videos_to_make],
             settings=settings,
@@ -393,7 +421,7 @@ def load_whole(path: epath.PathLike) -> tuple[Tree, dict[str, Any]]:
     """
     params, description = checkpoint.load_model(model_folder(path))
     settings = description.get("config", {})
-    if description["kind"] != "dit" or not settings.get("turn"):
+    if description["kind"] != "dit" or not settings.get("turn") or "dit" not in params:  # merged, it has both
         return params, description
     start, _ = load_whole(settings["start_from"])
     trained = params.pop("dit")

@@ -256,6 +256,21 @@ def test_a_file_without_variants_is_refused(tmp_path, capsys, monkeypatch):
     assert "lists none in VARIANTS" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--slices=2", "--slices=2: without effect beside a plan by arithmetic alone, without --compile"),
+        ("--quick --price=4", "--quick=True --price=4.0: without effect beside a plan by arithmetic alone"),
+        ("--compile --tries=4", "--tries=4: without effect beside a plan without --search"),
+        ("--variants --search", "--search=True: without effect beside --variants"),
+        ("--variants", "configs/pod_dit.py:14b-480p-81f-v5p: --variants plans all of a file, so leave :VARIANT out"),
+    ],
+)
+def test_options_without_effect_are_refused(options, said, capsys):
+    assert cli.main(["plan", "--config=configs/pod_dit.py:14b-480p-81f-v5p", *options.split()]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_a_table_has_a_row_for_each_plan():
     fit = dict(
         topology="v5p:2x2x1", num_slices=2, num_devices=8, mesh=dict(data=2, fsdp=4), remat="everything", accumulate=2,

@@ -13,6 +13,7 @@ from stvdm.planning.planner import Planner
 GIB = 2**30
 OUTLINE = {
     "parameters": {"dit": 1_000_000_000},
+    "state_bytes": 16_000_000_000,
     "clips": [{"batch": 16, "tokens": 32_760, "latent": (21, 60, 104)}],
 }
 
@@ -116,12 +117,18 @@ def test_the_slice_that_is_named_exists_and_has_a_mesh():
 
 
 def test_a_state_that_cannot_fit_is_not_compiled():
-    huge = {**OUTLINE, "parameters": {"dit": 140_000_000_000}}
+    huge = {**OUTLINE, "state_bytes": 1.68e12}
     found, asked = found_with(lambda config: 1.0, outline=huge)
     assert not asked
     assert found.best is None
     assert found.too_large > 0
-    assert f"the leanest state needs {140e9 * 12 / 16 / GIB:.2f}" in search.as_text(found)
+    assert f"the leanest state needs {1.68e12 / 16 / GIB:.2f}" in search.as_text(found)
+
+
+def test_a_state_counts_as_it_is_kept():
+    """Muon with bfloat16 moments keeps 10 bytes of a parameter: 23 G of them fit sixteen devices of 15.75 GiB."""
+    found, _ = found_with(lambda config: 15.0, outline={**OUTLINE, "parameters": {"dit": 23e9}, "state_bytes": 2.3e11})
+    assert found.best and found.best.mesh["fsdp"] * found.best.mesh["context"] * found.best.mesh["tensor"] == 16
 
 
 def test_it_stops_after_so_many_programs():

@@ -154,6 +154,37 @@ def test_two_equal_networks_are_one(sampler):
     np.testing.assert_allclose(both, one, atol=1e-5 * float(jnp.abs(one).max()))
 
 
+def test_what_a_network_says_of_a_known_frame_has_no_say_in_the_rest():
+    """Also not by the contrast that guidance is rescaled to: no loss ever saw it."""
+
+    class Says:
+        def __init__(self, of_the_known):
+            self.of_the_known = of_the_known
+
+        def read(self, params, tokens, mask):
+            return tokens
+
+        def predict(self, params, x, time_B, text, mask, given):
+            return (jnp.sin(3 * x) + text).at[:, :1].set(self.of_the_known)
+
+    x, known = jax.random.normal(jax.random.key(0), (2, 3, 4, 4, 2)), jnp.full((2, 1, 4, 4, 2), 0.3)
+    given = first_frame.Given(known_B1hwz=known)
+    at = {
+        value: denoising.guided_velocity(
+            Says(value),
+            {},
+            (jnp.asarray(0.7), None),
+            (jnp.asarray(0.2), None),
+            how=HOW._replace(guidance_rescale=0.7),
+            stops=STOPS,
+            given=given,
+        )(x, STOPS.times[1])
+        for value in (0.0, 9.0)
+    }
+    assert not at[9.0][:, 0].any() and at[9.0][:, 1:].any()
+    np.testing.assert_array_equal(at[9.0], at[0.0])
+
+
 def test_two_networks_need_a_boundary():
     _, params = tiny("t2v-a14b")
     with pytest.raises(ValueError, match=r"sample.boundary=0.0: this model's two networks take turns"):

@@ -39,10 +39,14 @@ def test_batches_give_what_single_videos_give(tiny_model):
     loaded = Pipeline.load(tiny_model)
     prompts = [RED, BLUE, RED]
     single = loaded.generate(prompts, seeds=[1, 2, 3])
-    batched = loaded.generate(prompts, seeds=[1, 2, 3], batch_size=2)  # the last batch is filled up
+    made = []
+    batched = loaded.generate(prompts, seeds=[1, 2, 3], batch_size=2, made=made.append)  # the last is filled up
     np.testing.assert_allclose(single.latents, batched.latents, atol=1e-4)
     assert batched.videos.shape == single.videos.shape == (3, 5, 16, 16, 3)
     assert batched.videos.dtype == np.uint8
+    assert [(part.prompts, part.seeds) for part in made] == [([RED, BLUE], [1, 2]), ([RED], [3])]
+    np.testing.assert_array_equal(np.concatenate([part.videos for part in made]), batched.videos)
+    np.testing.assert_array_equal(np.concatenate([part.latents for part in made]), batched.latents)
 
 
 @pytest.mark.parametrize("sampler", list(pipeline.SAMPLERS))
@@ -169,6 +173,31 @@ def test_of_two_networks_adapters_say_which_they_are_for(tiny_model, tmp_path):
     assert "up" not in both["dit_high_noise"]["layers"]["block_0"]["mlp_in"]
 
 
+def test_a_model_with_adapters_is_told_apart_from_its_base(tiny_model, tmp_path):
+    """By what stands in results, where the digest says whether two are of one model."""
+    for name, size in (("one", 1.0), ("other", 2.0)):
+        ones = {"down": np.full((2, 16, 1), size, np.float32), "up": np.ones((2, 1, 32), np.float32)}
+        adapters = {"dit": {"layers": {"block_0": {"mlp_in": ones}}}}
+        checkpoint.save_model(tmp_path / name, adapters, {"kind": "lora", "base": str(tiny_model)})
+
+    def digest(*adapters, path=tiny_model):
+        return Pipeline.load(path, adapters=[(tmp_path / name, weight) for name, weight in adapters]).digest
+
+    one, other = ("one", 1.0), ("other", 1.0)
+    found = [digest(), digest(one), digest(other), digest(("one", 0.5)), digest(one, other)]
+    assert len(set(found)) == len(found) and {len(each) for each in found} == {64}
+    assert digest(one, other) == digest(other, one)
+    assert digest(path=tmp_path / "one") == digest(one)
+
+
+def test_adapters_whose_base_is_elsewhere_say_so(tmp_path):
+    """Its folder is as it was typed in training: perhaps relative, perhaps on another machine."""
+    ones = {"down": np.ones((16, 1), np.float32), "up": np.ones((1, 32), np.float32)}
+    checkpoint.save_model(tmp_path, {"dit": {"mlp_in": ones}}, {"kind": "lora", "base": "runs/there"})
+    with pytest.raises(FileNotFoundError, match="trained beside the model in 'runs/there', which is not there; give"):
+        Pipeline.load(tmp_path)
+
+
 def test_decoding_streams_and_equals_whole_decoding(tiny_model):
     loaded = Pipeline.load(tiny_model)
     result = loaded.generate([RED], seed=1)
@@ -247,11 +276,22 @@ def test_the_shift_follows_tokens(tiny_model):
         (dict(guidance=-1.0), "guidance=-1.0: expected"),
         (dict(seed=2**32), "seed=4294967296: expected a whole number from 0 to 4294967295"),
         (dict(seed=-1), "seed=-1: expected"),
+        (dict(prompts="a ball"), r"prompts='a ball': expected a list of sentences, so write \['a ball'\]"),
+        (dict(seeds=[1, 2]), "2 seeds for 1 prompts, num=1: expected one for each, and num=1"),
+        (dict(seeds=[1], num=2), "1 seeds for 1 prompts, num=2: expected"),
+        (dict(batch_size=0), "batch_size=0: expected at least 1"),
+        (dict(num_frames=0), "num_frames=0: .* e.g. 1"),
+        (dict(height=0), "height=0: .* use a multiple of 8"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(settings, message, tiny_model):
     with pytest.raises(ValueError, match=message):
-        Pipeline.load(tiny_model).generate([RED], **settings)
+        Pipeline.load(tiny_model).generate(**{"prompts": [RED], **settings})
+
+
+def test_guidance_of_a_second_network_is_said_to_do_nothing_where_there_is_one(tiny_model):
+    with pytest.warns(UserWarning, match="guidance_low=3.0 has no effect: this model has one network"):
+        Pipeline.load(tiny_model).generate([RED], guidance_low=3.0)
 
 
 def test_the_settings_say_all_that_is_needed_to_make_it_again(tiny_model):
