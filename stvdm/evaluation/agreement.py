@@ -39,6 +39,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 from scipy import special
 
 import stvdm
@@ -61,7 +62,7 @@ def main(
     *,
     num: int = 128,
     seed: int = 0,
-    output: str | os.PathLike = "outputs/damage",
+    output: epath.PathLike = "outputs/damage",
     command: str = "",
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
 ) -> dict[str, Any]:
@@ -73,7 +74,7 @@ def main(
     result = measure(num, seed=seed, say=say)
     result["conditions"]["command"] = command
     result = result_file.kept(result, DIGITS)
-    folder = Path(output)
+    folder = epath.Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     result_file.write(folder / "damage.json", result)
     (folder / "damage.md").write_text(as_markdown(result), encoding="utf-8")
@@ -84,7 +85,8 @@ def main(
     for damage in DAMAGES.values():
         for shot, n in shown:
             rows += [(damage(shot, s, seed=n), f"{damage.name} {s:g} ({damage.unit})") for s in damage.strengths]
-    video.contact_sheet(*zip(*rows, strict=True)).save(folder / "contact.png")
+    with result_file.whole(folder / "contact.png") as file:
+        video.contact_sheet(*zip(*rows, strict=True)).save(file, "PNG")
     print(as_markdown(result))
     say(f"in {', '.join(str(folder / name) for name in ('damage.json', 'damage.md', 'contact.png'))}")
     return result
@@ -205,11 +207,7 @@ def values(reading: Reading, real: Mapping[str, np.ndarray]) -> dict[str, np.nda
 
 def over_clips(differences_N: np.ndarray) -> Row:
     """Mean of the differences that are not nan, with Student's 95 % interval."""
-    known = differences_N[~np.isnan(differences_N)]
-    if len(known) < 2:
-        return Row(float("nan"), float("nan"), float("nan"), len(known))
-    half = special.stdtrit(len(known) - 1, 0.975) * known.std(ddof=1) / np.sqrt(len(known))
-    return Row(float(known.mean()), float(known.mean() - half), float(known.mean() + half), len(known))
+    return physics.students(differences_N[~np.isnan(differences_N)])
 
 
 def over_groups(differences: np.ndarray) -> Row:

@@ -38,6 +38,7 @@ from stvdm.evaluation import physics, result_file
 
 Result = dict[str, Any]
 Conditions = Mapping[str, Any]
+Cell = Mapping[str, Any]  # of `physics.Row.cell`
 
 OF_FLOW_LOSS = {"autoencoder_sha256": "autoencoder", "flow_path": "path"}  # give it its unit
 OF_THE_MODEL = ("checkpoint", "model_sha256", *OF_FLOW_LOSS)  # what is compared, and so may differ
@@ -167,9 +168,7 @@ def differences(results: Mapping[str, Result]) -> Iterator[str]:
             yield f"{name}: {'; '.join(keys)}"
 
 
-def difference(
-    one: Mapping[str, float], reference: Mapping[str, float], correlation: float = 0.0
-) -> tuple[float, float, float]:
+def difference(one: Cell, reference: Cell, correlation: float = 0.0) -> tuple[float, float, float]:
     """(difference of the means, low, high) of two cells with "mean", "low", "high": MOVER, see above."""
     m1, l1, u1 = (one[key] for key in ("mean", "low", "high"))
     m0, l0, u0 = (reference[key] for key in ("mean", "low", "high"))
@@ -284,19 +283,19 @@ def _names(paths: Sequence[str]) -> list[str]:
     return list(paths)
 
 
-def _generated(result: Result, item: str) -> dict[str, float] | None:
+def _generated(result: Result, item: str) -> Cell | None:
     return result["items"].get(item, {}).get("generated")
 
 
-def _counts(cells: Iterable[Mapping[str, float] | None]) -> str:
+def _counts(cells: Iterable[Cell | None]) -> str:
     counts = [str(cell["num"]) for cell in cells if cell is not None]
     return counts[0] if len(set(counts)) == 1 else ", ".join(counts)
 
 
-def _cell(result: Result, item: str, cell: Mapping[str, float] | None) -> str:
+def _cell(result: Result, item: str, cell: Cell | None) -> str:
     if cell is None:
         return "not reported" if "not_reported" in result["items"].get(item, {}) else "-"
-    return f"{cell['mean']:.3f} [{cell['low']:.3f}, {cell['high']:.3f}]"
+    return physics.told(cell)
 
 
 def _between(one: Result, reference: Result, item: str) -> str:
@@ -305,16 +304,20 @@ def _between(one: Result, reference: Result, item: str) -> str:
         return ""
     pairs = pairs_of(one, reference, item)
     if pairs is None:
-        return f"{_apart(difference(ours, theirs))} unpaired"
+        return f"{_apart(ours, theirs)} unpaired"
     some = len(pairs) < max(ours["num"], theirs["num"])
     if len(pairs) == 0:
         return "no clip that both were judged on"
     if some:
-        ours, theirs = (physics.row(scores)._asdict() for scores in pairs.T)
-    return _apart(difference(ours, theirs, correlation(pairs))) + f" *of {len(pairs)}*" * some
+        ours, theirs = (physics.row(scores).cell() for scores in pairs.T)
+    return _apart(ours, theirs, correlation(pairs)) + f" *of {len(pairs)}*" * some
 
 
-def _apart(found: tuple[float, float, float]) -> str:
+def _apart(one: Cell, reference: Cell, correlation: float = 0.0) -> str:
+    """`difference` in words; without an interval where one of the two has none."""
+    if one["low"] is None or reference["low"] is None:
+        return f"{one['mean'] - reference['mean']:+.3f}"
+    found = difference(one, reference, correlation)
     text = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*found)
     return f"**{text}**" if found[1] > 0 or found[2] < 0 else text
 

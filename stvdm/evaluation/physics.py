@@ -30,10 +30,10 @@ the ground, by the camera's speed in the pixels.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import optimize
+from scipy import optimize, special
 
 from stvdm.data.kinetic_scene import BAR_GREY, MOTIONS, Scene, Thing, bounce_height, render
 from stvdm.data.kinetic_shapes import Split, World, sample_scene
@@ -51,12 +51,16 @@ _SIZE_STEP = 1.3  # radius at the end over radius at the start of something that
 
 
 class Row(NamedTuple):
-    """A mean with its 95 % interval over `num` clips."""
+    """A mean with its 95 % interval over `num` clips; ends that are not known are nan."""
 
     mean: float
     low: float
     high: float
     num: int
+
+    def cell(self) -> dict[str, float | None]:
+        """As a result keeps it, with None for an end that is not known."""
+        return {name: None if math.isnan(value) else value for name, value in self._asdict().items()}
 
 
 def score(video_THWC: np.ndarray, scene: Scene, *, fps: float = 8.0, world: World = DEFAULT_WORLD) -> dict[str, float]:
@@ -85,24 +89,33 @@ def score(video_THWC: np.ndarray, scene: Scene, *, fps: float = 8.0, world: Worl
     return result
 
 
-def summarise(scores: Sequence[Mapping[str, float]], *, seed: int = 0) -> dict[str, Row]:
-    """Mean and 95 % interval of each item over the clips it applies to: Wilson's for right or wrong, else bootstrap."""
+def summarise(scores: Sequence[Mapping[str, float]]) -> dict[str, Row]:
+    """Mean and 95 % interval of each item over the clips it applies to: Wilson's for right or wrong, else Student's."""
     items = dict.fromkeys(item for one in scores for item in one)
-    return {item: row([one[item] for one in scores if item in one], seed=seed) for item in items}
+    return {item: row([one[item] for one in scores if item in one]) for item in items}
 
 
-def row(scores: Sequence[float] | np.ndarray, *, seed: int = 0) -> Row:
+def row(scores: Sequence[float] | np.ndarray) -> Row:
     """One row of `summarise`, of the scores of clips; where one is NaN the item does not apply."""
     values = np.asarray(scores, np.float64)
     values = values[~np.isnan(values)]
+    if len(values) and np.isin(values, (0.0, 1.0)).all():
+        mean = float(values.mean())
+        return Row(mean, *_wilson(mean, len(values)), len(values))
+    return students(values)
+
+
+def students(values: np.ndarray) -> Row:
+    """Mean of values (n,) with Student's 95 % interval, which takes two of them."""
     mean, num = float(values.mean()) if len(values) else math.nan, len(values)
-    if num == 0:
-        return Row(math.nan, math.nan, math.nan, 0)
-    if np.isin(values, (0.0, 1.0)).all():
-        return Row(mean, *_wilson(mean, num), num)
-    draws = np.random.default_rng(seed).integers(num, size=(1000, num))
-    low, high = np.quantile(values[draws].mean(1), (0.025, 0.975))
-    return Row(mean, float(low), float(high), num)
+    half = special.stdtrit(num - 1, 0.975) * values.std(ddof=1) / math.sqrt(num) if num > 1 else math.nan
+    return Row(mean, float(mean - half), float(mean + half), num)
+
+
+def told(cell: Mapping[str, Any]) -> str:
+    """A cell in words: 0.900 [0.850, 0.950]; the mean alone where one clip gives no interval."""
+    ends = "" if cell["low"] is None else f" [{cell['low']:.3f}, {cell['high']:.3f}]"
+    return f"{cell['mean']:.3f}{ends}"
 
 
 def validate_tracker(

@@ -128,6 +128,18 @@ class Judges:
 
         return in_batches(compare, *frames, batch=batch).reshape(B, T).mean(axis=1)
 
+    def try_on(self, videos: np.ndarray) -> None:
+        """Has them look at clips, so that such as these are refused before others are made.
+
+        Raises:
+          ValueError: for clips that are too short or too small for one of them.
+        """
+        for name in OF_VIDEOS:
+            if getattr(self, name) is not None:
+                self.features(name, videos)
+        if self.lpips is not None:
+            self.lpips_distance(videos, videos)
+
     def _need(self, name: str) -> Any:
         found = getattr(self, name)
         if found is None:

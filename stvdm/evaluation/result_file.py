@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Results as small JSON files that people read too: few digits, null for nan, what is short on one line.
 
-Files are written whole or not at all.
+Files are written whole or not at all, and so is what lies beside them.
 
     write("results.json", result)
     result = read("results.json")
@@ -9,10 +9,11 @@ Files are written whole or not at all.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import IO, Any
 
 from etils import epath
 
@@ -40,13 +41,21 @@ def as_json(value: Any) -> str:
     return _lines(_without_nan(value), 0) + "\n"
 
 
-def write(path: epath.PathLike, result: Mapping[str, Any]) -> None:
-    """Writes a result, whole or not at all; makes its folder."""
+@contextlib.contextmanager
+def whole(path: epath.PathLike) -> Iterator[IO[bytes]]:
+    """A file to write, which has its name only once all of it is written; makes its folder."""
     target = epath.Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.parent / f"{target.name}.partial"
-    partial.write_text(as_json(result))
+    with partial.open("wb") as file:
+        yield file
     partial.replace(target)
+
+
+def write(path: epath.PathLike, result: Mapping[str, Any]) -> None:
+    """Writes a result, whole or not at all; makes its folder."""
+    with whole(path) as file:
+        file.write(as_json(result).encode())
 
 
 def read(path: epath.PathLike) -> dict[str, Any]:

@@ -22,11 +22,11 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 from flax import traverse_util
 
 import stvdm
@@ -71,7 +71,7 @@ def main(
     guidance: float | None = None,
     sampler: str | None = None,
     batch: int = 16,
-    output: str | os.PathLike = "results.json",
+    output: epath.PathLike = "results.json",
     features: str | os.PathLike | None = None,
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
 ) -> dict[str, Any]:
@@ -81,20 +81,23 @@ def main(
     clips themselves, moving side by side.
 
     Args:
-      output: ends in .json.
+      output: ends in .json; may be gs://.
       features: a folder of published networks, for `published.Judges`; what they say is added.
 
     Raises:
-      ValueError: if the model was not trained on kinetic shapes' captions, ``features`` holds no networks, or
-        ``output`` does not end in .json.
+      ValueError: if the model was not trained on kinetic shapes' captions, ``features`` holds no networks, or one that
+        can't look at its clips, or ``output`` does not end in .json.
     """
-    if Path(output).suffix != ".json":
+    target = epath.Path(output)
+    if target.suffix != ".json":
         raise ValueError(
             f"--output={output}: expected a name that ends in .json, beside which the clips go as .png and .gif; use "
-            f"{Path(output).with_suffix('.json')}."
+            f"{target.with_suffix('.json')}."
         )
     judges = None if features is None else published.Judges.load(features)
     pipeline = Pipeline.load(checkpoint)
+    if judges is not None:
+        judges.try_on(np.zeros((1, *pipeline.default_shape, 3), np.uint8))
     say(f"scoring {num} real clips, and reconstructing them")
     held = hold_out(pipeline, num=num, seed=seed, batch=batch)
     say(f"generating {num} clips")
@@ -103,22 +106,23 @@ def main(
         say("asking published networks")
         scores, far, widths = judged(judges, held, result.videos)
         for item, columns in scores.items():
-            report["items"][item] = {name: _cell(physics.row(values)) for name, values in columns.items()}
+            report["items"][item] = {name: physics.row(values).cell() for name, values in columns.items()}
             if "generated" in columns:
                 report["scores"][item] = result_file.kept(columns["generated"].tolist())
         report["distances"] |= far
         report["feature_widths"] |= widths
         report["conditions"]["networks_sha256"] = judges.digests()
     report["conditions"]["checkpoint"] = "bundled" if checkpoint is None else str(checkpoint)
-    result_file.write(output, report)
+    result_file.write(target, report)
     from stvdm.data import video
 
     shown, captions = list(result.videos[:16]), result.prompts[:16]
-    video.contact_sheet(shown, captions).save(Path(output).with_suffix(".png"))
-    moving = video.side_by_side(shown, captions)
-    video.write_gif(Path(output).with_suffix(".gif"), moving, fps=pipeline.fps, min_side=1)
+    with result_file.whole(target.with_suffix(".png")) as file:
+        video.contact_sheet(shown, captions).save(file, "PNG")
+    with result_file.whole(target.with_suffix(".gif")) as file:
+        video.write_gif(file, video.side_by_side(shown, captions), fps=pipeline.fps, min_side=1)
     print(as_text(report))
-    say(f"in {', '.join(str(Path(output).with_suffix(suffix)) for suffix in ('.json', '.png', '.gif'))}")
+    say(f"in {', '.join(str(target.with_suffix(suffix)) for suffix in ('.json', '.png', '.gif'))}")
     return report
 
 
@@ -138,11 +142,16 @@ def hold_out(
       world: fields of `World` that differ from the world of training, e.g. ``{"motions": ("up_left",),
         "motion_weights": (1.0,)}`` to ask for one motion only.
       batch: clips through the autoencoder at once.
+
+    Raises:
+      ValueError: if the model cannot read the captions of these scenes.
     """
     T, height, width = pipeline.default_shape
-    place = World(**{**dict(pipeline.settings["data"]["world"]), **(world or {})})
+    place = World.of({**dict(pipeline.settings["data"]["world"]), **(world or {})})
     scenes = [kinetic_shapes.sample_scene(seed, index, split="test", world=place) for index in range(num)]
     unrelated = [kinetic_shapes.sample_scene(seed, num + i, split="test", world=place) for i in range(num)]
+    if unread := next(filter(None, (pipeline.tokenizer.problem(scene.caption) for scene in scenes)), ""):
+        raise ValueError(f"{unread} Prompts of an evaluation are captions of kinetic shapes.")
 
     def film(scenes: Sequence[Scene]) -> np.ndarray:
         shape = (num_frames or T, height, width)
@@ -197,11 +206,11 @@ def measure(
     model. "scores" are those of
     each clip, None where its prompt does not ask.
     """
-    num = len(held.scenes)
+    num, first = len(held.scenes), held.seed * 1_000_003
     prompts = [scene.caption for scene in held.scenes]
     result = pipeline.generate(
         prompts,
-        seeds=[held.seed * 1_000_003 + index for index in range(num)],  # each clip's own, whatever num is
+        seeds=[(first + index) % 2**32 for index in range(num)],  # each clip's own, whatever num is
         steps=steps,
         guidance=guidance,
         sampler=sampler,
@@ -222,7 +231,7 @@ def measure(
             "num": num,
             "world": {name: list(v) if isinstance(v, tuple) else v for name, v in vars(held.world).items()},
             **result.settings,
-            "clip_seeds": f"{held.seed} * 1000003 + index",
+            "clip_seeds": f"{held.seed} * 1000003 + index" + " modulo 2**32" * (first + num > 2**32),
             "autoencoder_sha256": digest_of({name: pipeline.params[name] for name in ("autoencoder", "statistics")}),
             "flow_path": pipeline.settings["flow"]["path"],
             "loss_times": list(LOSS_TIMES),
@@ -232,7 +241,7 @@ def measure(
         },
         "items": table({"generated": physics.summarise(scores), **held.columns}),
         "all_right_by_things": {
-            num_things: _cell(physics.summarise(clips)["all_right"])
+            num_things: physics.summarise(clips)["all_right"].cell()
             for num_things, clips in _by_things(scores, held.scenes)
         },
         "reconstruction": held.reconstruction,
@@ -379,7 +388,7 @@ def table(columns: dict[str, dict[str, physics.Row]]) -> dict[str, Any]:
             items[item] = {"not_reported": f"real clips score {real.mean:.3f}, below {physics.CEILING}"}
             continue
         items[item] = {
-            name: _cell(row)
+            name: row.cell()
             for name, row in ((name, rows[item]) for name, rows in columns.items() if item in rows)
             if not math.isnan(row.mean)
         }
@@ -407,13 +416,13 @@ def as_text(report: dict[str, Any]) -> str:
             lines.append(f"{item:18}  not reported: {cells['not_reported']}")
             continue
         shown = [cells.get(name) for name in columns]
-        texts = [f"{c['mean']:.3f} [{c['low']:.3f}, {c['high']:.3f}]" if c else "-" for c in shown]
+        texts = [physics.told(cell) if cell else "-" for cell in shown]
         num = max(cell["num"] for cell in cells.values())
         lines.append(f"{item:18}" + "".join(f"{text:>24}" for text in texts) + f"{num:>7}")
     lines.append(
         "all right in generated clips: "
         + ", ".join(
-            f"of {n} {'thing' if n == 1 else 'things'} {c['mean']:.3f} [{c['low']:.3f}, {c['high']:.3f}] ({c['num']})"
+            f"of {n} {'thing' if n == 1 else 'things'} {physics.told(c)} ({c['num']})"
             for n, c in report["all_right_by_things"].items()
         )
     )
@@ -447,10 +456,6 @@ def _by_things(
     """(number of things, the scores of the clips that have so many)."""
     for num_things in sorted({len(scene.things) for scene in scenes}):
         yield num_things, [s for s, scene in zip(scores, scenes, strict=True) if len(scene.things) == num_things]
-
-
-def _cell(row: physics.Row) -> dict[str, float]:
-    return {"mean": row.mean, "low": row.low, "high": row.high, "num": row.num}
 
 
 def _filled(videos: np.ndarray, size: int) -> np.ndarray:

@@ -189,6 +189,14 @@ def test_a_measurement_makes_a_table(small):
     assert "- psnr: symmetric reversal" in table
 
 
+def test_a_measurement_goes_to_a_bucket(small, bucket, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(agreement, "measure", lambda num, **_: small)
+    agreement.main(num=16, output="gs://bucket/damage", command="stvdm evaluate --damage", say=lambda text: None)
+    assert sorted(path.name for path in (bucket / "damage").iterdir()) == ["contact.png", "damage.json", "damage.md"]
+    assert (bucket / "damage" / "contact.png").read_bytes()[:4] == b"\x89PNG"
+
+
 # --- what is committed -----------------------------------------------------------------------------------------------
 
 

@@ -30,8 +30,7 @@ CONDITIONS = {
 
 
 def cell(values):
-    (row,) = physics.summarise([{"x": value} for value in values]).values()
-    return {"mean": row.mean, "low": row.low, "high": row.high, "num": row.num}
+    return physics.row(values).cell()
 
 
 def result(colour, motion, **conditions):
@@ -182,12 +181,23 @@ def test_what_one_of_them_lost_is_left_out_of_both_means():
     text = comparison.as_markdown({"one": one, "other": other})
     (row,) = (line for line in text.splitlines() if line.startswith("| residual"))
     assert "| 60, 40 | 0.174 [" in row and "| 0.010 [" in row
-    assert row.endswith("| +0.000 [-0.000, +0.000] *of 40* |")
+    assert row.endswith("| +0.000 [+0.000, +0.000] *of 40* |")
     assert "*Of n*: over the n clips that both were judged on" in text
     (row,) = (line for line in text.splitlines() if line.startswith("| colour"))
     assert "*of" not in row
     text = comparison.as_markdown({"other": other, "none": none})
     assert "| no clip that both were judged on |" in text and "nan" not in text
+
+
+def test_one_clip_that_both_were_judged_on_decides_nothing():
+    one, other = (result(np.ones(60), np.ones(60)) for _ in range(2))
+    for found, kept in ((one, slice(0, 2)), (other, slice(1, 3))):
+        values = np.full(60, np.nan)
+        values[kept] = [0.1, 0.2]
+        found["items"]["residual"] = {"generated": cell(values)}
+        found["scores"]["residual"] = result_file.kept(values.tolist())
+    text = comparison.as_markdown(result_file.kept({"one": one, "other": other}))
+    assert text.count("| -0.100 *of 1* |") == 1 and "nan" not in text and "None" not in text
 
 
 def test_an_interval_of_a_difference_by_hand():

@@ -216,6 +216,21 @@ def test_summary_intervals():
     assert rows["occlusion"].num == 0 and math.isnan(rows["occlusion"].mean)
 
 
+@pytest.mark.parametrize("num", [2, 3, 5])
+def test_intervals_of_few_clips_are_as_wide_as_they_have_to_be(num):
+    rng = np.random.default_rng(num)
+    rows = [physics.row(rng.normal(0.1, 0.02, num)) for _ in range(1000)]
+    assert np.mean([row.low < 0.1 < row.high for row in rows]) == pytest.approx(0.95, abs=0.025)
+
+
+def test_one_clip_has_no_interval():
+    row = physics.row([0.125, math.nan])
+    assert (row.mean, row.num) == (0.125, 1) and math.isnan(row.low) and math.isnan(row.high)
+    assert row.cell() == {"mean": 0.125, "low": None, "high": None, "num": 1}
+    assert physics.told(row.cell()) == "0.125"
+    assert physics.told(physics.row([1.0, 1.0, 0.0, 1.0]).cell()) == "0.750 [0.301, 0.954]"
+
+
 def test_an_item_that_real_clips_fail_is_not_reported():
     _, not_reported = physics.validate_tracker(8, seed=1, damage=lambda video: video[::-1])
     assert "direction" in not_reported and "colour" not in not_reported

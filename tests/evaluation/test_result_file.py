@@ -23,6 +23,17 @@ def test_what_is_written_is_read(tmp_path):
     assert [one.name for one in path.parent.iterdir()] == ["results.json"]  # nothing half-written
 
 
+def test_what_is_not_whole_has_not_its_name(tmp_path):
+    path = tmp_path / "clips.gif"
+    path.write_bytes(b"of an earlier run")
+    with pytest.raises(TypeError, match="bytes-like"), result_file.whole(path) as file:
+        file.writelines([b"half", "and what no such file takes"])
+    assert path.read_bytes() == b"of an earlier run"
+    with result_file.whole(path) as file:
+        file.write(b"all")
+    assert path.read_bytes() == b"all" and list(tmp_path.iterdir()) == [path]
+
+
 def test_it_is_json_in_few_lines():
     text = result_file.as_json(RESULT)
     assert json.loads(text) == RESULT and text.endswith("}\n")

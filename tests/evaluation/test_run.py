@@ -12,7 +12,7 @@ import pytest
 from stvdm import checkpoint
 from stvdm.data.kinetic_scene import render
 from stvdm.data.kinetic_shapes import World, sample_scene
-from stvdm.evaluation import comparison, physics, run
+from stvdm.evaluation import comparison, physics, published, run
 from stvdm.sampling.pipeline import Pipeline
 
 
@@ -71,9 +71,27 @@ def test_a_model_of_noise_is_told_apart_from_real_clips(kinetic_model, networks,
     assert "all_right" in printed and "clip_score  " in printed
 
 
+def test_a_result_goes_to_a_bucket_and_its_clips_with_it(kinetic_model, bucket, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run.main(kinetic_model, num=2, batch=2, steps=1, output="gs://bucket/new/results.json")
+    assert json.loads((bucket / "new" / "results.json").read_text())["conditions"]["num"] == 2
+    assert (bucket / "new" / "results.png").read_bytes()[:4] == b"\x89PNG"
+    assert (bucket / "new" / "results.gif").read_bytes()[:4] == b"GIF8"
+
+
 def test_a_folder_without_networks_is_refused_before_anything_is_made(kinetic_model, tmp_path):
     with pytest.raises(ValueError, match=r"expected a folder with any of clip/"):
         run.main(kinetic_model, num=3, features=tmp_path)
+
+
+def test_clips_that_a_network_cannot_look_at_are_not_made(kinetic_model, networks, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "hold_out", lambda *_, **__: pytest.fail("rendered"))
+    judges = published.Judges.load(networks)
+    longer = dataclasses.replace(judges.videomae.model, num_frames=6)  # the model makes 5 frames
+    judges = dataclasses.replace(judges, videomae=judges.videomae._replace(model=longer))
+    monkeypatch.setattr(run.published.Judges, "load", lambda folder: judges)
+    with pytest.raises(ValueError, match="clips of 5 frames: VideoMAE looks at 6"):
+        run.main(kinetic_model, num=3, features=networks, output=tmp_path / "results.json")
 
 
 @pytest.mark.parametrize("name", ["results.png", "results.gif", "results"])
@@ -94,6 +112,20 @@ def test_results_say_when_their_prompts_differ(kinetic_model):
     assert one["conditions"]["autoencoder_sha256"] == run.digest_of(coder)
     table = comparison.as_markdown({"one": one, "again": again})
     assert "unpaired" not in table and "| all_right | 2 |" in table
+
+
+def test_any_seed_of_scenes_has_seeds_of_clips(kinetic_model):
+    loaded = Pipeline.load(kinetic_model)
+    for seed, first, said in ((4000, 4_000_012_000, ""), (20240101, 20240101 * 1_000_003 % 2**32, " modulo 2**32")):
+        report, result = run.measure(loaded, run.hold_out(loaded, num=2, seed=seed, batch=2), steps=1, batch=2)
+        assert result.seeds == [first, first + 1]
+        assert report["conditions"]["clip_seeds"] == f"{seed} * 1000003 + index{said}"
+
+
+def test_a_model_of_other_words_is_refused_before_its_clips_are_made(tiny_model, monkeypatch):
+    monkeypatch.setattr(run.kinetic_scene, "render", lambda *_: pytest.fail("rendered"))
+    with pytest.raises(ValueError, match=r"the model never saw the words .* captions of kinetic shapes"):
+        run.hold_out(Pipeline.load(tiny_model), num=8)
 
 
 def test_an_item_that_real_clips_fail_is_not_reported():
