@@ -4,7 +4,7 @@
     stvdm ablate --list
     stvdm ablate attention --size=tiny
 
-tiny    a small DiT on clips of 17x32x32 with the bundled autoencoder. Six to twenty minutes a
+tiny    a small DiT on clips of 17x32x32 with the bundled autoencoder. Three to twenty minutes a
         cell on one idle CPU core; `stvdm ablate --list` says what each grid took.
 small   clips of 17x64x64, one accelerator. Unproven. Its autoencoder first:
             stvdm train autoencoder --config=configs/ablation.py:small_autoencoder --workdir=runs/ablations/small
@@ -93,6 +93,7 @@ def _dit(size: str) -> ConfigDict:
         config.data.num_clips = 1_000_000
         config.data.num_workers = 8
         config.data.buckets = ((33, 128, 128, 256, 1.0),)
+        config.data.fps = 16.0  # two seconds, in which things keep to the frame
         config.model.width = 768
         config.model.num_layers = 12
         config.model.num_heads = 12
@@ -155,6 +156,7 @@ def _autoencoder(size: str) -> ConfigDict:
         config.data.num_clips = 1_000_000
         config.data.num_workers = 8
         config.data.buckets = ((33, 128, 128, 64, 1.0),)
+        config.data.fps = 16.0
         config.mesh.fsdp = 8
         config.optimizer.learning_rate = 3e-3
         config.total_steps = 50_000

@@ -148,7 +148,9 @@ _ATTENTION = Question(
     limits="All with positions added to the tokens, as a frame alone needs them; with rotary ones the others may do "
     "better. FLOPs are of the pairs that a pattern sees; a program may compute more and hide them. Things move by "
     "0.6 of a token from one latent frame to the next at the most, so that no diagonal here outruns a window of one "
-    "token around, and frames alone, told their time and the text, follow most: this world has nothing faster.",
+    "token around, and frames alone, told their time and the text, follow most: this world has nothing faster. When "
+    "the grid was run the claims on diagonals said more, by the same rules: that they take attention over time, and "
+    "that fast ones take another place at another time, and outrun a window.",
 )
 
 _OBJECTIVE = Question(

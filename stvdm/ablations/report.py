@@ -127,9 +127,10 @@ def _verdicts(found: Sequence[Verdict]) -> Iterator[str]:
     ]
     yield _markdown_table(["", "claim", "rule", "difference", ""], rows)
     yield (
-        "The claims stood in `stvdm/ablations/questions.py` before the grid was run. Each is decided for itself, by "
-        "the 95 % interval (Welch) of the difference over seeds: confirmed or refuted where that leaves 0 on one side, "
-        "and what is ahead is above chance by its own interval. Of twenty differences that do not exist it finds one."
+        "The claims stood in `stvdm/ablations/questions.py` before the grid was run, but for what is said of them "
+        "under *What this cannot tell*. Each is decided for itself, by the 95 % interval (Welch) of the difference "
+        "over seeds: confirmed or refuted where that leaves 0 on one side, and what is ahead is above chance by its "
+        "own interval. Of twenty differences that do not exist it finds one."
     )
 
 
@@ -295,7 +296,8 @@ def _listed(question: Question, sizes: Mapping[str, Sequence[Result]], prices: s
         for one in verdicts.judge_all(question, found):
             found_out = [one.reason] if one.reason and one.reason != verdicts.HOLDS_ZERO else []
             if one.difference is not None:
-                found_out.insert(0, f"{one.claim.score}: {one.difference}")
+                sides = f"{one.claim.better} against {one.claim.worse}"
+                found_out.insert(0, f"{sides}, {one.claim.score}: {one.difference}")
             yield f"         {one.outcome}: {one.claim.says} ({'; '.join(found_out)})"
     if not sizes:
         yield f"  found  nothing yet: not run{prices}"

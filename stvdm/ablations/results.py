@@ -38,11 +38,8 @@ def file_of(folder: epath.PathLike, variant: str, seed: int) -> epath.Path:
 
 def write(folder: epath.PathLike, result: Result) -> None:
     """Write the result of one cell; numbers keep six digits."""
-    path = file_of(folder, result["variant"], result["seed"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent / f"{path.name}.partial"
-    partial.write_text(json.dumps(result_file.rounded(result), indent=1) + "\n")
-    partial.replace(path)
+    with result_file.whole(file_of(folder, result["variant"], result["seed"])) as file:
+        file.write((json.dumps(result_file.rounded(result), indent=1) + "\n").encode())
 
 
 def read(folder: epath.PathLike) -> list[Result]:

@@ -146,7 +146,9 @@ def test_the_list_says_what_is_asked_and_found(written, made_up):
     for question in questions.QUESTIONS.values():
         assert f"{question.name}: {question.asks}" in text
     assert "  tiny   6 cells of 3 seeds, 1.5 minutes a cell (median) on cpu" in text
-    assert "confirmed: attention over time keeps a thing the same thing (persistence: 0.45 [" in text
+    assert (
+        "confirmed: attention over time keeps a thing the same thing (full against frame, persistence: 0.45 [" in text
+    )
     costs = "nothing yet: not run; a tiny cell of the other grids took about 2 minutes on cpu"
     assert text.count(costs) == len(questions.QUESTIONS) - 1
     odd = made_up("full", 3, 0.5, 0.5, edit={"dit.total_steps": 9})
