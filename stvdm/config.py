@@ -15,8 +15,9 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import traceback
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def dit() -> ConfigDict:
         # one they are read by a small encoder that trains along
         tower_dtype="bfloat16",  # of its weights and products
         padding="masked",  # what stands behind its text: 'masked' is not looked at, 'zeros' are, as in Wan
-        words=(),  # vocabulary of the small one; empty: collected from the training captions when the run starts
+        words=(),  # vocabulary of the small one; empty: of the training captions, 20,000 at most, when the run starts
         max_tokens=32,  # S, words of a caption that are read; of a tower its own tokens
         width=128,  # E; with a tower that tower's
         num_layers=2,  # of the small encoder
@@ -150,7 +151,8 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: a key that is not in the config (near ones are named), or a value of the wrong type.
+      ValueError: a key that is not in the config (near ones are named), a value of the wrong type, or a file that is
+        no config, or raises (its line is named).
     """
     from absl import flags
     from ml_collections import config_flags
@@ -168,8 +170,16 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
     try:
         config = parse()
-    except flags.Error as error:  # the config file raised ValueError, e.g. for an unknown variant: say just that
-        raise ValueError(f"--config={spec}: {_innermost(error)}") from error
+        is_base = "kind" in (config or ()) and isinstance(config, ConfigDict)
+    except Exception as error:  # whatever the file raises, e.g. ValueError for an unknown variant
+        if isinstance(error, OSError) and error.errno:
+            raise  # which may pass
+        raise ValueError(f"--config={spec}: {_told(error, path)}") from error
+    if not is_base:
+        raise ValueError(
+            f"--config={spec}: expected get_config to return a base of stvdm.config, edited, not a "
+            f"{type(config).__name__} of its own."
+        )
     known = sorted(_keys(config))
     for override in overrides:
         key = re.sub(r"^--?(no)?config\.", "", override.split("=", 1)[0])
@@ -183,17 +193,21 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     return config
 
 
-def validate(config: ConfigDict) -> ConfigDict:
+def validate(config: ConfigDict, *, concerned: tuple[str, ...] = ("",)) -> ConfigDict:
     """The config itself, if a run can start from it; warns of settings that have no effect beside the others.
+
+    Args:
+      concerned: how the keys begin that are looked at.
 
     Raises:
       ValueError: listing every problem, each with what it got, what was expected and what to change.
     """
-    problems = list(_problems(config))
+    problems = [problem for problem in _problems(config) if problem.startswith(concerned)]
     if problems:
         raise ValueError("this config cannot run:\n  - " + "\n  - ".join(problems))
     for setting in _without_effect(config):
-        warnings.warn(setting, stacklevel=2)
+        if setting.startswith(concerned):
+            warnings.warn(setting, stacklevel=2)
     return config
 
 
@@ -309,7 +323,88 @@ def _choice(where: str, value: Any, options: tuple[str, ...]) -> Iterator[str]:
         yield f"{where}={value!r}: expected one of {', '.join(options)}."
 
 
+def _whole(least: int, most: float = math.inf) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, int) and least <= value <= most
+
+
+def _each(holds: Callable[[Any], bool], *lengths: int) -> Callable[[Any], bool]:
+    return lambda values: (len(values) in lengths if lengths else len(values) > 0) and all(map(holds, values))
+
+
+def _is_bucket(value: Any) -> bool:
+    return _each(_whole(1), 4)(value[:4]) and len(value) == 5 and 0 < value[4] < math.inf
+
+
+# What is expected of a number -> whether a value is that, and the keys, of all kinds, whose values are to be.
+_NUMBERS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "a whole number of at least 1": (
+        _whole(1),
+        "total_steps log_every eval_batches checkpoint_every keep_checkpoints statistics_batches num_slices "
+        "data.num_clips optimizer.accumulate model.width model.num_layers model.num_heads model.mlp_width "
+        "model.latent_channels model.unshuffle text.max_tokens text.width text.num_heads sample.steps",
+    ),
+    "a whole number of at least 0": (
+        _whole(0),
+        "eval_every max_skipped data.num_workers optimizer.warmup_steps profile.first_step profile.num_steps "
+        "loss.adversarial_start model.num_blocks model.num_res_blocks model.decoder_width model.extra_channels "
+        "model.image_width lora.rank text.num_layers flow.base_tokens",
+    ),
+    "a whole number from 0 to 2**32 - 1": (_whole(0, 2**32 - 1), "seed"),  # JAX takes larger ones modulo 2**32
+    "a whole number of at least 1, or -1 (the rest)": (
+        lambda value: value == -1 or _whole(1)(value),
+        "mesh.data mesh.fsdp mesh.context mesh.tensor",
+    ),
+    "an even number of at least 2": (lambda value: _whole(2)(value) and value % 2 == 0, "model.time_features"),
+    "whole numbers of at least 1": (_each(_whole(1)), "model.multipliers"),
+    "three whole numbers of at least 1": (_each(_whole(1), 3), "model.patch"),
+    "three whole numbers of at least 0": (_each(_whole(0), 3), "model.window"),
+    "entries (num_frames, height, width, batch, weight), of whole numbers and a weight above 0; a single one has a "
+    "comma behind it, as ((17, 64, 64, 32, 1.0),)": (_each(_is_bucket), "data.buckets"),
+    "a finite number": (math.isfinite, "flow.mean"),
+    "a finite number above 0": (
+        lambda value: 0 < value < math.inf,
+        "data.fps optimizer.learning_rate model.rope_theta lora.scale flow.std",
+    ),
+    "a finite number of at least 0": (
+        lambda value: 0 <= value < math.inf,
+        "optimizer.weight_decay optimizer.final_fraction loss.absolute loss.squared loss.kl loss.perceptual "
+        "loss.adversarial flow.shift sample.shift sample.guidance sample.guidance_low",
+    ),
+    "above 0 (1e9 clips nothing)": (lambda value: value > 0, "optimizer.clip_norm"),
+    "0 <= share < 1": (lambda value: 0 <= value < 1, "ema_decay optimizer.b1 optimizer.b2 flow.caption_dropout"),
+    "0 <= share <= 1": (lambda value: 0 <= value <= 1, "image.share sample.guidance_rescale"),
+    "0 < share <= 1": (lambda value: 0 < value <= 1, "optimizer.decay_fraction"),
+    "0 < share < 1": (lambda value: 0 < value < 1, "data.validation_share"),
+    "0 <= time < 1; 0 where no two networks take turns": (lambda value: 0 <= value < 1, "sample.boundary"),
+    "0 <= low < high <= 1, times of which 1 is noise": (
+        lambda value: len(value) == 2 and 0 <= value[0] < value[1] <= 1,
+        "flow.times sample.guidance_interval",
+    ),
+}
+
+
 def _problems(config: ConfigDict) -> Iterator[str]:
+    numbers = list(_of_numbers(flat(config)))
+    yield from numbers
+    try:
+        yield from _together(config)
+    except Exception:
+        if not numbers:  # else it comes of those
+            raise
+
+
+def _of_numbers(found: Mapping[str, Any]) -> Iterator[str]:
+    for expected, (holds, keys) in _NUMBERS.items():
+        for key in keys.split():
+            try:
+                is_so = key not in found or holds(found[key])
+            except (TypeError, ValueError):  # no number at all, e.g. None, or a word in a tuple
+                is_so = False
+            if not is_so:
+                yield f"{key}={found[key]!r}: expected {expected}."
+
+
+def _together(config: ConfigDict) -> Iterator[str]:
     data, optimizer = config.data, config.optimizer
     yield from _choice("data.source", data.source, ("kinetic_shapes", "folder", "latents"))
     yield from _choice("optimizer.name", optimizer.name, ("adamw", "muon"))
@@ -325,50 +420,18 @@ def _problems(config: ConfigDict) -> Iterator[str]:
             )
     yield from _choice("export_dtype", config.export_dtype, ("float32", "bfloat16", "float16"))
     yield from _choice("model.dtype", config.model.dtype, ("float32", "bfloat16"))
-    if not 0 < data.validation_share < 1:
-        yield f"data.validation_share={data.validation_share}: expected 0 < share < 1."
-    if not data.buckets:
-        yield "data.buckets=(): expected at least one (num_frames, height, width, batch, weight)."
-    for where, value in (
-        ("total_steps", config.total_steps),
-        ("log_every", config.log_every),
-        ("eval_batches", config.eval_batches),
-        ("checkpoint_every", config.checkpoint_every),
-        ("keep_checkpoints", config.keep_checkpoints),
-        ("optimizer.accumulate", optimizer.accumulate),
-    ):
-        if value < 1:
-            yield f"{where}={value}: expected at least 1."
-    if config.eval_every < 0:
-        yield f"eval_every={config.eval_every}: expected at least 0 (never)."
-    if min(config.profile.first_step, config.profile.num_steps) < 0:
-        yield f"profile={config.profile.to_dict()}: expected steps of at least 0 (num_steps=0: no profile)."
-    if not 0 <= config.ema_decay < 1:
-        yield f"ema_decay={config.ema_decay}: expected 0 <= decay < 1."
-    if optimizer.learning_rate <= 0:
-        yield f"optimizer.learning_rate={optimizer.learning_rate}: expected above 0."
-    if not optimizer.clip_norm > 0:
-        yield f"optimizer.clip_norm={optimizer.clip_norm}: expected above 0 (1e9 clips nothing)."
-    if not 0 < optimizer.decay_fraction <= 1:
-        yield f"optimizer.decay_fraction={optimizer.decay_fraction}: expected 0 < share <= 1."
     if optimizer.schedule != "constant" and optimizer.warmup_steps >= config.total_steps:
         yield (
             f"optimizer.warmup_steps={optimizer.warmup_steps}: expected fewer than total_steps={config.total_steps}, "
             f"e.g. --config.optimizer.warmup_steps={config.total_steps // 10}, or optimizer.schedule='constant'."
         )
     shards = math.prod(size for size in (config.mesh.data, config.mesh.fsdp) if size > 0)
-    for bucket in data.buckets:
-        if len(bucket) != 5:
-            yield f"data.buckets entry {tuple(bucket)}: expected (num_frames, height, width, batch, weight)."
-            continue
-        batch, weight = bucket[3], bucket[4]
-        if batch < 1 or batch % (shards * optimizer.accumulate):
+    for *_, batch, _ in data.buckets:
+        if batch % (shards * optimizer.accumulate):
             yield (
                 f"data.buckets batch={batch}: expected a multiple of mesh data x fsdp x optimizer.accumulate "
                 f"= {shards * optimizer.accumulate}."
             )
-        if weight <= 0:
-            yield f"data.buckets weight={weight}: expected above 0."
     if config.kind == "autoencoder":
         yield from _autoencoder_problems(config)
     else:
@@ -380,8 +443,6 @@ def _autoencoder_problems(config: ConfigDict) -> Iterator[str]:
     yield from _choice("model.grouping", model.grouping, ("causal", "uniform", "frame"))
     yield from _choice("model.convolution", model.convolution, ("full", "separable"))
     yield from _choice("model.remat", model.remat, ("nothing", "stages"))
-    if config.statistics_batches < 1:
-        yield f"statistics_batches={config.statistics_batches}: expected at least 1."
     if config.data.source == "latents":
         yield "data.source='latents': an autoencoder trains on videos; use 'kinetic_shapes' or 'folder'."
     stages = len(model.multipliers)
@@ -409,14 +470,7 @@ def _dit_problems(config: ConfigDict) -> Iterator[str]:
     yield from _choice("flow.density", flow.density, ("logit_normal", "uniform"))
     yield from _choice("sample.sampler", config.sample.sampler, ("euler", "heun", "dpm++", "unipc"))
     yield from _choice("sample.spacing", config.sample.spacing, ("even", "unipc", "euler"))
-    if not 0 <= config.sample.boundary < 1:
-        yield f"sample.boundary={config.sample.boundary}: expected 0 <= time < 1; 0 where no two networks take turns."
     yield from _choice("model.matmul", model.matmul, ("", "int8", "fp8"))
-    low, high = config.sample.guidance_interval
-    if not 0 <= low < high <= 1:
-        yield f"sample.guidance_interval={(low, high)}: expected 0 <= low < high <= 1, times of which 1 is noise."
-    if not 0 <= config.sample.guidance_rescale <= 1:
-        yield f"sample.guidance_rescale={config.sample.guidance_rescale}: expected 0 <= share <= 1."
     yield from _choice("model.network", model.network, ("dit", "unet"))
     yield from _unet_problems(model) if model.network == "unet" else _transformer_problems(model)
     yield from _image_problems(config)
@@ -436,19 +490,14 @@ def _dit_problems(config: ConfigDict) -> Iterator[str]:
     for where, size in split:
         if config.mesh.tensor > 0 and size % config.mesh.tensor:
             yield f"{where}={size}: expected a multiple of mesh.tensor={config.mesh.tensor}, over which it is split."
-    if not 0 <= flow.caption_dropout < 1:
-        yield f"flow.caption_dropout={flow.caption_dropout}: expected 0 <= share < 1."
-    low, high = flow.times
-    if not 0 <= low < high <= 1:
-        yield f"flow.times={(low, high)}: expected 0 <= low < high <= 1, times of which 1 is noise."
     if config.turn:
         yield from _choice("turn", config.turn, ("high_noise", "low_noise"))
         edge = config.sample.boundary
         own = (edge, 1.0) if config.turn == "high_noise" else (0.0, edge)
         if not edge:
             yield f"turn={config.turn!r}: expected sample.boundary, the time at which the other network takes over."
-        elif (low, high) != own:
-            yield f"flow.times={(low, high)}: expected {own}, as turn={config.turn!r} and sample.boundary={edge}."
+        elif tuple(flow.times) != own:
+            yield f"flow.times={tuple(flow.times)}: expected {own}, as turn={config.turn!r} and sample.boundary={edge}."
         if not config.start_from:
             yield f"start_from='': turn={config.turn!r} is of a model of two networks, so name its folder."
     if not config.autoencoder:
@@ -458,8 +507,6 @@ def _dit_problems(config: ConfigDict) -> Iterator[str]:
             re.compile(expression)
         except re.error as error:
             yield f"{where}={expression!r}: expected a regular expression; {error}."
-    if config.lora.rank < 0 or config.lora.scale <= 0:
-        yield f"lora={config.lora.to_dict()}: expected rank of at least 0 (none), and scale above 0."
     if config.lora.rank and not config.start_from:
         yield f"start_from='': lora.rank={config.lora.rank} needs the folder of the model that adapters are for."
     if config.lora.rank and config.train_only:
@@ -496,8 +543,6 @@ def _image_problems(config: ConfigDict) -> Iterator[str]:
     model, image = config.model, config.image
     is_dit = model.network == "dit"
     extra, width = (model.extra_channels, model.image_width) if is_dit else (0, 0)
-    if not 0 <= image.share <= 1:
-        yield f"image.share={image.share}: expected 0 <= share <= 1."
     if image.share and extra:
         yield f"image.share={image.share}: expected 0, as with model.extra_channels={extra} it always is given."
     elif image.share and not (is_dit and model.time_path in ("adaln_zero", "adaln") and model.patch[0] == 1):
@@ -543,6 +588,8 @@ def _without_effect(config: ConfigDict) -> Iterator[str]:
         yield f"text.padding={text.padding!r} has no effect: text.tower='', and the small encoder's padding is masked."
     if config.train_only and not config.start_from:
         yield f"train_only={config.train_only!r} without start_from: what is not trained stays as it is drawn."
+    if config.lora.rank and config.optimizer.name == "muon":
+        yield "optimizer.name='muon' has no effect: adapters are no kernels, so they go to AdamW undecayed."
     if config.data.flip and config.data.source == "latents":
         yield "data.flip has no effect: latents are not mirrored; `stvdm preprocess` would have to."
     if flow.density == "uniform" and (flow.mean, flow.std) != (0.0, 1.0):
@@ -575,10 +622,15 @@ def _nearest(key: str, known: Sequence[str]) -> str:
     return f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(known)}"
 
 
-def _innermost(error: BaseException) -> BaseException:
-    while error.__context__ is not None:
-        error = error.__context__
-    return error
+def _told(error: BaseException, path: str) -> str:
+    """What a config file raised, which lies below what became of it, and in which of its lines."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == Path(path).resolve()]
+    below = error.__cause__ or error.__context__
+    if below is not None and not lines:
+        return _told(below, path)
+    where = f"line {lines[-1]}: " if lines else ""
+    return f"{where}{error}" if type(error) is ValueError else f"{where}{type(error).__name__}: {error}"
 
 
 def _keys(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -40,7 +40,7 @@ def test_a_mistyped_flag_names_its_neighbour(failure):
 @pytest.mark.parametrize(
     "override, said",
     [
-        ("--config.model.widht=128", "has no such key; did you mean model.width?"),
+        ("--config.model.widht=128", "has no such key; did you mean model.width"),
         ("--config.learning_rate=1", "has no such key; did you mean optimizer.learning_rate?"),
         ("--config.optimizer.lr=1", "has no such key; did you mean optimizer.learning_rate?"),
         ("--config.lr=1", "has no such key; did you mean optimizer.learning_rate?"),

@@ -5,10 +5,12 @@ import importlib.util
 import itertools
 import math
 import pathlib
+import sys
 
 import pytest
 
 from stvdm import config as base
+from stvdm.data.kinetic_shapes import World
 from stvdm.models import dit
 from stvdm.planning import report
 from stvdm.sharding import MESH_AXES
@@ -80,8 +82,91 @@ def test_what_would_fail_late_or_train_nothing_is_refused_before(value):
         with pytest.raises(ValueError) as error:
             base.validate(config)
         for key in ("eval_batches", "keep_checkpoints", "statistics_batches"):
-            assert f"{key}={value}: expected at least 1." in str(error.value)
+            assert f"{key}={value}: expected a whole number of at least 1." in str(error.value)
         assert f"optimizer.clip_norm={clip_norm}: expected above 0 (1e9 clips nothing)." in str(error.value)
+
+
+@pytest.mark.parametrize("value", [-1, math.nan])
+def test_numbers_that_samples_and_clips_are_made_by_are_checked_before_the_first_of_them(value):
+    config = base.dit()
+    config.autoencoder = "runs/autoencoder"
+    config.sample.steps = config.data.num_clips = 0
+    config.data.num_workers = config.optimizer.warmup_steps = -1
+    numbers = "sample.guidance sample.guidance_low sample.shift flow.shift data.fps".split()
+    config.update_from_flattened_dict(dict.fromkeys(numbers, float(value)))
+    with pytest.raises(ValueError) as error:
+        base.validate(config)
+    for name in (*numbers, "sample.steps", "data.num_clips", "data.num_workers", "optimizer.warmup_steps"):
+        assert f"- {name}=" in str(error.value)
+
+
+NOT_NUMBERS = {
+    base.autoencoder: {
+        "mesh.data": 0,
+        "mesh.fsdp": -3,
+        "seed": -1,
+        "max_skipped": -1,
+        "num_slices": 0,
+        "optimizer.learning_rate": math.nan,
+        "optimizer.accumulate": 0,
+        "optimizer.weight_decay": -0.1,
+        "optimizer.b2": 1.0,
+        "loss.kl": math.inf,
+        "model.width": 0,
+        "model.unshuffle": 0,
+        "model.latent_channels": -4,
+        "model.multipliers": (1, 0, 4, 4),
+        "data.buckets": ((17, 64, 64, 8, math.nan),),
+    },
+    base.dit: {
+        "seed": 2**32,
+        "optimizer.learning_rate": math.inf,
+        "model.width": 0,
+        "model.num_layers": 0,
+        "model.num_heads": 0,
+        "model.time_features": 7,
+        "model.patch": (1, 2),
+        "model.window": (1, -4, 4),
+        "model.rope_theta": 0.0,
+        "text.max_tokens": 0,
+        "text.num_heads": 0,
+        "flow.std": math.nan,
+        "flow.mean": math.inf,
+        "flow.times": (0.0, 0.5, 1.0),
+        "sample.shift": math.inf,
+        "data.buckets": ((17, 64, 64, "8", 1.0),),
+    },
+    base.unet: {"model.width": 0, "model.num_heads": 0, "model.num_blocks": -1, "model.patch": ()},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "value"), [(kind, *item) for kind, keys in NOT_NUMBERS.items() for item in keys.items()]
+)
+def test_numbers_that_mean_nothing_are_refused_alone_and_beside_others(kind, key, value):
+    config = kind().unlock()
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(ValueError, match=rf"- {key}=.*: expected "):
+        base.validate(config)
+    config.update_from_flattened_dict(NOT_NUMBERS[kind])
+    with pytest.raises(ValueError) as error:
+        base.validate(config)
+    assert all(f"- {name}=" in str(error.value) for name in NOT_NUMBERS[kind])
+
+
+@pytest.mark.parametrize("kind", NOT_NUMBERS)
+def test_every_number_of_a_config_is_looked_at(kind):
+    """Of a key that is added: what is expected of it stands in the table."""
+    config, kinds = kind().unlock(), (int, float)
+    numbers = [
+        key
+        for key, value in base.flat(config).items()
+        if type(value) in kinds or (isinstance(value, tuple) and value and type(value[0]) in (*kinds, tuple))
+    ]
+    config.update_from_flattened_dict(dict.fromkeys(numbers))
+    with pytest.raises(ValueError) as error:
+        base.validate(config)
+    assert not [key for key in numbers if f"- {key}=None: " not in str(error.value)]
 
 
 def test_ways_of_telling_time_and_text_that_do_not_go_together_are_refused():
@@ -98,6 +183,15 @@ def test_ways_of_telling_time_and_text_that_do_not_go_together_are_refused():
     with pytest.raises(
         ValueError, match=r"expected one of cross, joint, dual(.|\n)*expected one of adaln_zero, adaln, in"
     ):
+        base.validate(config)
+
+
+@pytest.mark.parametrize("buckets", [(17, 64, 64, 32, 1.0), ((17, 64, 64, 32),), ((17, 64, 64, 32, 1.0), 9)])
+def test_buckets_are_a_tuple_of_tuples(buckets):
+    """A single one without a comma behind it is five numbers."""
+    config = base.autoencoder()
+    config.data.buckets = buckets
+    with pytest.raises(ValueError, match=r"data.buckets=\(.*: expected entries .* comma behind it, as \(\(17, "):
         base.validate(config)
 
 
@@ -140,6 +234,26 @@ def test_a_key_by_another_name_is_answered_with_ours(key, meant):
         base.load(str(CONFIGS / "quickstart.py:dit"), [f"--config.{key}=1"])
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("x = 1", "has no attribute 'get_config'"),
+        ("x = 1\ndef get_config(:", r"SyntaxError: invalid syntax \(a_config.py, line 2\)"),
+        ("def get_config():\n    return {}['a']", "line 2: KeyError: 'a'"),
+        ("from stvdm import config\ndef get_config():\n    config.dit().widht = 1", "line 3: AttributeError: .*widht"),
+        ("import nowhere_to_be_found", "line 1: ModuleNotFoundError: No module named"),
+        ("def get_config():\n    open('nowhere')", "line 2: FileNotFoundError: .*nowhere"),
+        ("def get_config():\n    return None", "expected get_config to return a base of stvdm.config"),
+        ("def get_config():\n    return dict(kind='dit')", "expected get_config to return a base of stvdm.config"),
+    ],
+)
+def test_a_file_that_is_no_config_is_refused_by_its_line(text, said, tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)  # where ml_collections loads files
+    (tmp_path / "a_config.py").write_text(text + "\n")
+    with pytest.raises(ValueError, match=f"--config=.*a_config.py: .*{said}"):
+        base.load(str(tmp_path / "a_config.py"))
+
+
 def test_frame_by_frame_has_no_temporal_compression():
     config = base.autoencoder()
     assert base.compression(config.model) == dict(temporal=4, spatial=8, grouping="causal")
@@ -159,6 +273,11 @@ def test_settings_without_effect_are_said():
     with pytest.warns(UserWarning, match="no effect") as said:
         base.validate(config)
     assert [str(warning.message).split(" ")[0] for warning in said] == ["flow.mean=1.0,", "sample.guidance_interval"]
+    config = base.dit()
+    config.autoencoder = config.start_from = "somewhere"
+    config.lora.rank, config.optimizer.name = 8, "muon"
+    with pytest.warns(UserWarning, match="optimizer.name='muon' has no effect: adapters"):
+        base.validate(config)
 
 
 @pytest.mark.filterwarnings("error")
@@ -169,6 +288,9 @@ def test_every_config_is_valid_in_every_variant(path):
         config = module.get_config(variant)
         base.validate(config)
         assert "stvdm" in module.__doc__  # a config says with which command it is used
+        if world := dict(config.data.world):  # whose things keep to the frame for so long
+            longest = max(num_frames for num_frames, *_ in config.data.buckets)
+            assert (longest - 1) / config.data.fps <= World(**world).duration, variant
 
 
 @pytest.mark.parametrize("name", ["pod_dit", "pod_autoencoder"])

@@ -2,11 +2,14 @@
 """`stvdm ablate`: named grids of variants over seeds."""
 
 import argparse
+import os
 from typing import Any
 
 from stvdm.commands import parts
 
 ABLATION_SIZES = ("tiny", "small", "pod")
+OF_RESULTS = ("num", "batch", "config")  # options that results depend on
+OF_RUNNING = ("seeds", "cell", "workdir", *OF_RESULTS)
 
 
 def add(commands: Any) -> None:
@@ -48,12 +51,19 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     from stvdm.ablations import report
 
+    args.results = os.path.expanduser(args.results)  # --results=~/a, which shells leave as it is
     if args.list:
-        _refuse_without_effect(args, "--list", name=None, size="tiny", report=False)
+        given = parts.changed(args, *OF_RUNNING, "name", "size", "report", "mixed")
+        parts.refuse_without_effect([*given, *args.overrides], "--list")
         print(report.listing(args.results))
         return
     if args.report:
-        _refuse_without_effect(args, "--report, which runs nothing")
+        given = [*parts.changed(args, *OF_RUNNING), *args.overrides]
+        parts.refuse_without_effect(given, "--report, which runs nothing")
+    elif args.cell:
+        parts.refuse_without_effect(parts.changed(args, "seeds"), "--cell, which names its seed")
+    import jax
+
     from stvdm.ablations import questions
 
     if not args.name:
@@ -74,10 +84,6 @@ def run(args: argparse.Namespace) -> None:
             dit=config_lib.load(f"{args.config}:{args.size}", args.overrides),
             autoencoder=config_lib.load(f"{args.config}:{args.size}_autoencoder"),
         )
-        defaults = {"num": 256, "batch": 32, "config": "configs/ablation.py"}
-        changed = [
-            f"--{name}={getattr(args, name)}" for name, usual in defaults.items() if getattr(args, name) != usual
-        ]
         folder = cells.main(
             question,
             bases,
@@ -89,16 +95,9 @@ def run(args: argparse.Namespace) -> None:
             workdir=args.workdir,
             folder=args.results,
             mixed=args.mixed,
-            options=[*changed, *args.overrides],
+            options=[*parts.changed(args, *OF_RESULTS), *args.overrides],
         )
     if args.cell and not args.report:
         print(folder)
-    else:
+    elif args.report or jax.process_index() == 0:  # which has written the results, where others may see none
         print(report.write(question, folder, mixed=args.mixed))
-
-
-def _refuse_without_effect(args: argparse.Namespace, beside: str, **further: Any) -> None:
-    usual = {"seeds": 3, "cell": None, "num": 256, "batch": 32, "workdir": "runs/ablations", **further}
-    given = [f"--{name}={getattr(args, name)}" for name, value in usual.items() if getattr(args, name) != value]
-    if given := [*given, *args.overrides]:
-        raise ValueError(f"{' '.join(given)}: without effect beside {beside}, so leave it out")

@@ -63,4 +63,7 @@ def _write_kinetic_shapes(args: argparse.Namespace) -> None:
 def _check_folder(args: argparse.Namespace) -> None:
     from stvdm.data import folder
 
-    print(folder.FolderSource(args.folder, fps=args.fps, min_frames=args.frames).report)
+    source = folder.FolderSource(args.folder, fps=args.fps, min_frames=args.frames)
+    print(source.report)
+    if args.frames > 1 and (pictures := sum(info.num_frames == 1 for info in source.infos)):
+        print(f"{pictures} of those used are pictures, which only buckets of 1 frame take")

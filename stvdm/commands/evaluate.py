@@ -2,11 +2,13 @@
 """`stvdm evaluate`: scores of a model, of the metrics themselves, and results side by side."""
 
 import argparse
+import os
 import shlex
-from pathlib import Path
 from typing import Any
 
 from stvdm.commands import parts
+
+OF_SAMPLING = ("checkpoint", "steps", "guidance", "sampler", "batch", "features")
 
 
 def add(commands: Any) -> None:
@@ -56,20 +58,24 @@ def run(args: argparse.Namespace) -> None:
     if args.mixed and not args.compare:
         raise ValueError("--mixed: without effect but for --compare, so name results with that, or leave it out")
     if args.compare:
-        _refuse_without_effect(args, "--compare, which makes no clips", num=200, seed=0)
+        given = parts.changed(args, *OF_SAMPLING, "num", "seed")
+        parts.refuse_without_effect(given, "--compare, which makes no clips")
     elif args.damage:
-        _refuse_without_effect(args, "--damage, which samples no model")
+        parts.refuse_without_effect(parts.changed(args, *OF_SAMPLING), "--damage, which samples no model")
     output = args.output or ("" if args.compare else "outputs/damage" if args.damage else "results.json")
+    output = os.path.expanduser(output)  # --output=~/a.json, which shells leave as it is
     if output:
         parts.refuse_existing(output, option="--output", overwrite=args.overwrite)
     if not (args.compare or args.damage):
+        from etils import epath
+
         for suffix in (".png", ".gif"):  # the clips, beside the result
-            picture = str(Path(output).with_suffix(suffix))
+            picture = str(epath.Path(output).with_suffix(suffix))
             parts.refuse_existing(picture, option=f"--output={output}: picture", overwrite=args.overwrite)
     if args.compare:
         from stvdm.evaluation import comparison
 
-        comparison.main(args.compare, mixed=args.mixed, output=args.output)
+        comparison.main(args.compare, mixed=args.mixed, output=output or None)
         return
     parts.keep_compiled_programs()
     if args.damage:
@@ -95,19 +101,3 @@ def run(args: argparse.Namespace) -> None:
         output=output,
         features=args.features,
     )
-
-
-def _refuse_without_effect(args: argparse.Namespace, beside: str, **further: Any) -> None:
-    """Options of sampling, or others (with what they usually are), that were given although nothing is sampled."""
-    usual = {
-        "checkpoint": parts.BUNDLED,
-        "steps": None,
-        "guidance": None,
-        "sampler": None,
-        "batch": 16,
-        "features": None,
-    }
-    usual |= further
-    given = [f"--{name}={getattr(args, name)}" for name, value in usual.items() if getattr(args, name) != value]
-    if given:
-        raise ValueError(f"{' '.join(given)}: without effect beside {beside}, so leave it out")

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`stvdm generate`: clips from prompts, in files."""
 
+from __future__ import annotations
+
 import argparse
 import hashlib
 import itertools
@@ -9,7 +11,8 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Collection, Sequence
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +28,8 @@ def add(commands: Any) -> None:
         "make clips from prompts",
         'stvdm generate "a red ball bounces to the right" "a blue square grows" --seed 3 --output outputs/clips',
         "For each clip an .mp4, a .gif and a .json with all that it takes to make it again; contact.png shows all. "
-        "What is there already stays: another file of its name gets a number. Options left out take the value that "
-        "comes with the checkpoint.",
+        "A clip is written as soon as it is made, and what is there already stays: another file of its name gets a "
+        "number. Options left out take the value that comes with the checkpoint.",
     )
     command.add_argument("prompts", nargs="+", metavar="PROMPT", help="what should be seen; quote each prompt")
     command.add_argument("--num", type=parts.count, default=1, metavar="N", help="clips for each prompt (default 1)")
@@ -49,63 +52,74 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     _refuse_words(args.prompts)
+    if "://" in args.output:
+        raise ValueError(f"--output={args.output}: expected a folder of this machine, from which to copy the clips")
+    output = Path(args.output).expanduser()
+    output.mkdir(parents=True, exist_ok=True)  # where it can't be, that is known before anything is computed
     parts.keep_compiled_programs()
     import jax
 
     from stvdm.data import video
     from stvdm.sampling import pipeline
 
-    with parts.progress() as show:
-        show("loading the model")
-        image = None if args.image is None else _image(args.image)
-        loaded = pipeline.Pipeline.load(
-            None if args.checkpoint == parts.BUNDLED else args.checkpoint,
-            tower=args.tower,
-            image_tower=args.image_tower,
-            adapters=args.lora,
-        )
-        show("compiling")
-        result = loaded.generate(
-            args.prompts,
-            num=args.num,
-            negative=args.negative,
-            image=image,
-            steps=args.steps,
-            guidance=args.guidance,
-            guidance_low=args.guidance_low,
-            sampler=args.sampler,
-            seed=args.seed,
-            num_frames=args.frames,
-            height=args.height,
-            width=args.width,
-            progress=lambda done, total: show(f"denoising {done}/{total}", over=done == total),
-        )
-    output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
-    there = {path.stem for path in output.iterdir()}
-    stems = _stems(result.prompts, result.seeds, there)
-    contact = output / f"{_unused('contact', there)}.png"
-    for stem, prompt, seed, clip, latent in zip(
-        stems, result.prompts, result.seeds, result.videos, result.latents, strict=True
-    ):
-        video.write_mp4(output / f"{stem}.mp4", clip, fps=result.settings["fps"])
-        video.write_gif(output / f"{stem}.gif", clip, fps=result.settings["fps"])
-        record = {
-            "prompt": prompt,
-            "seed": seed,
-            **result.settings,
-            "checkpoint": args.checkpoint,
-            "latent_shape": list(latent.shape),
-            "latent_sha256": hashlib.sha256(latent.tobytes()).hexdigest(),
-            "command": shlex.join(["stvdm", *args.argv]),
-            "versions": _versions(),
-            "device": jax.devices()[0].device_kind,
-            "machine": platform.platform(),
-        }
-        (output / f"{stem}.json").write_text(json.dumps(record, indent=2, default=parts.plain) + "\n", encoding="utf-8")
+    stems: list[str] = []
+
+    def write(made: pipeline.Result) -> None:
+        for prompt, seed, clip, latent in zip(made.prompts, made.seeds, made.videos, made.latents, strict=True):
+            stem = _unused(_stem(prompt, seed), output)
+            record = {
+                "prompt": prompt,
+                "seed": seed,
+                **made.settings,
+                "checkpoint": args.checkpoint,
+                "latent_shape": list(latent.shape),
+                "latent_sha256": hashlib.sha256(latent.tobytes()).hexdigest(),
+                "command": shlex.join(["stvdm", *args.argv]),
+                "versions": _versions(),
+                "device": jax.devices()[0].device_kind,
+                "machine": platform.platform(),
+            }
+            text = json.dumps(record, indent=2, default=parts.plain) + "\n"
+            with tempfile.TemporaryDirectory(dir=output, prefix=".") as unfinished:  # what has its name is whole
+                video.write_mp4(Path(unfinished, f"{stem}.mp4"), clip, fps=made.settings["fps"])
+                video.write_gif(Path(unfinished, f"{stem}.gif"), clip, fps=made.settings["fps"])
+                Path(unfinished, f"{stem}.json").write_text(text, encoding="utf-8")
+                for path in Path(unfinished).iterdir():
+                    path.replace(output / path.name)
+            stems.append(stem)
+
+    try:
+        with parts.progress() as show:
+            show("loading the model")
+            image = None if args.image is None else _image(args.image)
+            loaded = pipeline.Pipeline.load(
+                None if args.checkpoint == parts.BUNDLED else args.checkpoint,
+                tower=args.tower,
+                image_tower=args.image_tower,
+                adapters=args.lora,
+            )
+            show("compiling")
+            result = loaded.generate(
+                args.prompts,
+                num=args.num,
+                negative=args.negative,
+                image=image,
+                steps=args.steps,
+                guidance=args.guidance,
+                guidance_low=args.guidance_low,
+                sampler=args.sampler,
+                seed=args.seed,
+                num_frames=args.frames,
+                height=args.height,
+                width=args.width,
+                progress=lambda done, total: show(f"denoising {done}/{total}", over=done == total),
+                made=write,
+            )
+    finally:  # interrupted, too
+        for stem in stems:
+            print(output / f"{stem}.mp4")
+    contact = output / f"{_unused('contact', output)}.png"
     video.contact_sheet(list(result.videos), result.prompts).save(contact)
-    for stem in stems:
-        print(output / f"{stem}.mp4")
     print(contact)
 
 
@@ -126,17 +140,15 @@ def _refuse_words(prompts: Sequence[str]) -> None:
         )
 
 
-def _stems(prompts: Sequence[str], seeds: Sequence[int], there: Collection[str] = ()) -> list[str]:
-    """File names without suffix: a-red-ball-0; another clip of the same name is a-red-ball-0-2."""
-    stems: list[str] = []
-    for prompt, seed in zip(prompts, seeds, strict=True):
-        slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:80].strip("-") or "clip"
-        stems.append(_unused(f"{slug}-{seed}", {*there, *stems}))
-    return stems
+def _stem(prompt: str, seed: int) -> str:
+    """A file name without suffix: a-red-ball-0."""
+    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:80].strip("-") or "clip"
+    return f"{slug}-{seed}"
 
 
-def _unused(name: str, there: Collection[str]) -> str:
-    """The name, or with the first number from 2 on that is not taken."""
+def _unused(name: str, folder: Path) -> str:
+    """The name, or with the first number from 2 on that no file there has: a-red-ball-0-2."""
+    there = {path.stem for path in folder.iterdir()}
     return next(stem for stem in (name, *(f"{name}-{n}" for n in range(2, len(there) + 3))) if stem not in there)
 
 

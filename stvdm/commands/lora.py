@@ -28,7 +28,7 @@ def add(commands: Any) -> None:
         "as a file --to for others; merge: adds --lora to the weights of --base, as a whole model --to",
     )
     command.add_argument(
-        "--from", dest="source", metavar="PATH", help="of an import a file or folder of safetensors; of an export a run"
+        "--from", metavar="PATH", help="of an import a file or folder of safetensors; of an export a run"
     )
     command.add_argument("--base", metavar="DIR", help="the model that they were trained beside, which they change")
     command.add_argument("--to", required=True, metavar="PATH", help="a file (or, for PEFT, a folder); else a folder")
@@ -40,14 +40,16 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    needed = {"import": ("source", "base"), "export": ("source",), "merge": ("base", "lora")}[args.action]
-    missing = [{"source": "from"}.get(name, name) for name in needed if not getattr(args, name)]
+    needed = {"import": ("from", "base"), "export": ("from",), "merge": ("base", "lora")}[args.action]
+    missing = [name for name in needed if not getattr(args, name)]
     if missing:
         raise ValueError(f"lora {args.action}: --{' and --'.join(missing)} missing; it says what to {args.action}")
+    others = {"from", "base", "lora", "format"} - {*needed, *(["format"] if args.action == "export" else [])}
+    parts.refuse_without_effect(parts.changed(args, *sorted(others)), f"lora {args.action}")
+    source = getattr(args, "from")
     parts.refuse_existing(args.to, option="--to", overwrite=args.overwrite)
     from stvdm import checkpoint
     from stvdm.interop import lora as files
-    from stvdm.interop import mapping
     from stvdm.models import lora
     from stvdm.sampling import pipeline
 
@@ -60,14 +62,14 @@ def run(args: argparse.Namespace) -> None:
         about = checkpoint.describe_model(pipeline.model_folder(args.base))
         if about["kind"] != "dit":
             raise ValueError(f"--base={args.base}: a model of kind {about['kind']!r}, expected a whole one, 'dit'")
-        trained = files.from_foreign(mapping.read(args.source), _tables(about))
+        trained = files.from_foreign(files.read(source), _tables(about))
         said = {"kind": "lora", "base": args.base, "base_sha256": about["sha256"]}
         said |= {name: about[name] for name in ("autoencoder", "config")}
         checkpoint.save_model(args.to, trained, said)
     else:
-        params, about = checkpoint.load_model(pipeline.model_folder(args.source))
+        params, about = checkpoint.load_model(pipeline.model_folder(source))
         if about["kind"] != "lora":
-            raise ValueError(f"--from={args.source}: a model of kind {about['kind']!r}, expected adapters, 'lora'")
+            raise ValueError(f"--from={source}: a model of kind {about['kind']!r}, expected adapters, 'lora'")
         files.write(args.to, files.to_foreign(params, _tables(about), args.format), args.format)
     print(args.to)
 

@@ -3,10 +3,11 @@
 
 import argparse
 import contextlib
+import math
 import os
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def command_of(commands: Any, name: str, run: Any, summary: str, example: str, r
         allow_abbrev=False,
     )
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    command.set_defaults(run=run, takes_overrides=False)
+    command.set_defaults(run=run, takes_overrides=False, usual=command.get_default)
     return command
 
 
@@ -92,9 +93,24 @@ def count(text: str) -> int:
 def weighted(text: str) -> tuple[str, float]:
     """DIR or DIR:WEIGHT; a DIR may have colons of its own."""
     folder, colon, weight = text.rpartition(":")
-    with contextlib.suppress(ValueError):
-        return (folder, float(weight)) if colon else (text, 1.0)
-    return text, 1.0
+    try:
+        found = (folder, float(weight)) if colon else (text, 1.0)
+    except ValueError:
+        found = (text, 1.0)
+    if not math.isfinite(found[1]):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a finite weight, e.g. {folder}:0.8")
+    return found
+
+
+def changed(args: argparse.Namespace, *names: str) -> list[str]:
+    """Those of the options that are not at their defaults, as --NAME=VALUE."""
+    return [f"--{name}={getattr(args, name)}" for name in names if getattr(args, name) != args.usual(name)]
+
+
+def refuse_without_effect(given: Sequence[str], beside: str) -> None:
+    """Raises a ValueError if any options were given that do nothing beside another."""
+    if given:
+        raise ValueError(f"{' '.join(given)}: without effect beside {beside}, so leave it out")
 
 
 def plain(value: Any) -> Any:

@@ -43,6 +43,15 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if not (args.compile or args.topology or args.search or args.variants):
+        given = parts.changed(args, "slices", "quick", "price")
+        parts.refuse_without_effect(given, "a plan by arithmetic alone, without --compile")
+    if not args.search:
+        parts.refuse_without_effect(parts.changed(args, "tries"), "a plan without --search")
+    if args.variants:
+        parts.refuse_without_effect(parts.changed(args, "search"), "--variants")
+        if ":" in args.config:
+            raise ValueError(f"--config={args.config}: --variants plans all of a file, so leave :VARIANT out")
     # Before JAX starts: the compiler for TPUs beside a CPU, without asking around for a TPU that is not there.
     os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     from stvdm import config as config_lib

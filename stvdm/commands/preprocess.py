@@ -3,7 +3,6 @@
 
 import argparse
 import functools
-import json
 import re
 import signal
 import sys
@@ -13,6 +12,7 @@ from typing import Any, NoReturn
 from stvdm.commands import parts
 
 AUTO = "auto"
+CONCERNED = ("seed", "data", "text.tower", "text.max_tokens", "image.tower", "model.extra", "model.image")
 WAIT_SECONDS = 10.0  # between looks at whether the other hosts have made their shards
 
 
@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(
             "--checkpoint='': expected the folder of a trained autoencoder, so name the one to encode with"
         )
+    config_lib.validate(config, concerned=CONCERNED)
     from stvdm.train import supervisor
 
     if args.host == AUTO:
@@ -107,16 +108,17 @@ def run(args: argparse.Namespace) -> None:
         supervisor.beat(done)
         return encode(params, jax.device_put(video_BTHWC, sharding.batch_sharding(mesh)), begin=begin)
 
-    def wait() -> None:
-        supervisor.beat(done)
-        time.sleep(WAIT_SECONDS)
-
     with parts.progress() as show, jax.set_mesh(mesh):
 
         def on_progress(now: int, total: int) -> None:
             nonlocal done
             done = now
             show(f"encoding {done}/{total}", over=done == total)
+
+        def wait() -> None:
+            supervisor.beat(done)
+            show(f"waiting for the shards of the other hosts, which are to write to this one's {args.out}")
+            time.sleep(WAIT_SECONDS)
 
         show("looking at the clips")
         about = preprocess.preprocess(
@@ -134,7 +136,12 @@ def run(args: argparse.Namespace) -> None:
             on_progress=on_progress,
             wait=wait if args.host == AUTO else None,
         )
-    print(json.dumps(about, indent=2, default=parts.plain))
+    if not about:
+        print(f"this host's part is in {args.out}; others are still at theirs")
+        return
+    print(f"{about['count']:,} latents in {args.out}")
+    for name, reason in {**about["about"]["source_report"]["skipped"], **about["skipped"]}.items():
+        print(f"  not among them: {name}: {reason}")
 
 
 def _leave(*_: Any) -> NoReturn:

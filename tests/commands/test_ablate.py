@@ -57,9 +57,18 @@ def test_ablate_of_one_cell_leaves_the_report(ablated):
     assert ablated.reports == []
 
 
-def test_ablate_can_write_the_report_alone(ablated):
+def test_ablate_in_several_processes_writes_one_report(ablated, monkeypatch):
+    monkeypatch.setattr("jax.process_index", lambda: 1)
+    assert cli.main("ablate attention --size=pod".split()) == 0
+    assert len(ablated.calls) == 1 and ablated.reports == []
+
+
+def test_ablate_can_write_the_report_alone(ablated, tmp_path, monkeypatch):
     assert cli.main("ablate attention --report --mixed --results=r".split()) == 0
     assert ablated.calls == [] and ablated.reports == [("r/attention/tiny", True)]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cli.main("ablate attention --report --results=~/r".split()) == 0  # which the shell leaves as it is
+    assert ablated.reports[1] == (f"{tmp_path}/r/attention/tiny", False)
 
 
 def test_ablate_lists_what_there_is(tmp_path, capsys):
@@ -72,6 +81,9 @@ def test_ablate_lists_what_there_is(tmp_path, capsys):
     "words, said",
     [
         ("attention --report --cell=full:0 --num=8", "--cell=full:0 --num=8: without effect beside --report"),
+        ("attention --report --config=other.py", "--config=other.py: without effect beside --report"),
+        ("attention --cell=full:0 --seeds=5", "--seeds=5: without effect beside --cell"),
+        ("--list --mixed", "--mixed=True: without effect beside --list"),
         ("attention --report --config.total_steps=3", "--config.total_steps=3: without effect beside --report"),
         ("atention --list", "--name=atention: without effect beside --list"),
     ],

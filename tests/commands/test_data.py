@@ -4,6 +4,8 @@
 import shlex
 
 import numpy as np
+import pytest
+from PIL import Image
 
 from stvdm import cli
 
@@ -22,6 +24,13 @@ def test_data_kinetic_shapes_writes_the_splits(stand_in):
     assert (config["seed"], config["height"], config["width"], config["num_frames"]) == (4, 64, 32, 17)
 
 
+@pytest.mark.parametrize("words", ["--fps=0", "--fps=nan", "--seed=-1"])
+def test_data_kinetic_shapes_refuses_what_no_clip_has_before_it_begins(words, tmp_path, failure):
+    error = failure("data", "kinetic_shapes", f"--out={tmp_path}/d", "--num=2", words)
+    assert "expected a seed of at least 0, and fps above 0" in error
+    assert not (tmp_path / "d").exists()
+
+
 def test_data_check_prints_what_would_be_skipped(tmp_path, capsys):
     from stvdm.data import video
 
@@ -33,3 +42,8 @@ def test_data_check_prints_what_would_be_skipped(tmp_path, capsys):
     report = capsys.readouterr().out
     assert "1 of 3 clips are used" in report
     assert "short.mp4: too short" in report and "silent.mp4: no caption" in report
+    assert "pictures" not in report
+    Image.new("RGB", (32, 32)).save(tmp_path / "still.png")
+    (tmp_path / "still.txt").write_text("nothing moves")
+    assert cli.main(["data", "check", str(tmp_path), "--frames=9", "--fps=8"]) == 0
+    assert "1 of those used are pictures, which only buckets of 1 frame take" in capsys.readouterr().out

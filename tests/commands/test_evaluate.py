@@ -46,6 +46,23 @@ def test_clips_beside_a_result_are_not_written_over_unasked(calls, stand_in, fai
     assert len(calls) == 3  # these two leave none
 
 
+def test_a_home_that_the_shell_left_as_it_is_is_found_once(calls, stand_in, failure, tmp_path, monkeypatch):
+    """What is looked for before anything is written is what is written."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cli.main(["evaluate", "--output=~/r.json"]) == 0 and calls[0][2]["output"] == f"{tmp_path}/r.json"
+    assert cli.main(["evaluate", "--damage", "--output=~/r"]) == 0 and calls[1][2]["output"] == f"{tmp_path}/r"
+    stand_in("stvdm.evaluation.comparison", main=lambda *args, **kwargs: calls.append((args, kwargs)))
+    assert cli.main(["evaluate", "--compare", "a.json", "b.json", "--output=~/t.md"]) == 0
+    assert calls[2][1]["output"] == f"{tmp_path}/t.md"
+    (tmp_path / "r.json").write_text("hours of work")
+    assert "this is there already" in failure("evaluate", "--output=~/r.json")
+
+
+def test_clips_in_a_bucket_are_not_written_over_unasked(calls, failure, bucket):
+    (bucket / "r.gif").write_bytes(b"of an earlier result")
+    assert "gs://bucket/r.gif: this is there already" in failure("evaluate", "--output=gs://bucket/r.json")
+
+
 def test_evaluate_writes_where_it_always_did(calls, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["evaluate"]) == 0

@@ -6,13 +6,13 @@ import json
 import shlex
 import types
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from stvdm import cli
-from stvdm.commands import generate
 
 
 @pytest.fixture
@@ -25,19 +25,27 @@ def generated(stand_in):
             noted["checkpoint"], noted["more"] = checkpoint, more
             return cls()
 
-        def generate(self, prompts, *, num, progress, **settings):
+        def generate(self, prompts, *, num, progress, made, **settings):
             noted["settings"] = settings
             warnings.warn("clips of another size", stacklevel=1)
             for done in range(1, 4):
                 progress(done, 3)
-            n = len(prompts) * num
-            return types.SimpleNamespace(
-                videos=np.zeros((n, 5, 16, 16, 3), np.uint8),
-                latents=np.arange(n * 4, dtype=np.float32).reshape(n, 1, 2, 2, 1),
-                prompts=[prompt for prompt in prompts for _ in range(num)],
-                seeds=[settings["seed"] + i for _ in prompts for i in range(num)],
-                settings={"fps": 8.0, "steps": np.int64(30), "model_sha256": "ab"},
-            )
+            asked = [(prompt, settings["seed"] + i) for prompt in prompts for i in range(num)]
+
+            def result(first, last):
+                return types.SimpleNamespace(
+                    videos=np.zeros((last - first, 5, 16, 16, 3), np.uint8),
+                    latents=np.arange(first * 4, last * 4, dtype=np.float32).reshape(-1, 1, 2, 2, 1),
+                    prompts=[prompt for prompt, _ in asked[first:last]],
+                    seeds=[seed for _, seed in asked[first:last]],
+                    settings={"fps": 8.0, "steps": np.int64(30), "model_sha256": "ab"},
+                )
+
+            for i in range(len(asked)):
+                if i == noted.get("fails_at"):
+                    raise KeyboardInterrupt
+                made(result(i, i + 1))
+            return result(0, len(asked))
 
     stand_in("stvdm.sampling.pipeline", Pipeline=Pipeline)
     return noted
@@ -67,13 +75,27 @@ def test_generate_writes_clips_contact_sheet_and_what_makes_them_again(tmp_path,
     assert captured.out.splitlines()[-1].endswith("contact.png")
 
 
-def test_clips_of_one_name_do_not_overwrite_each_other():
-    assert generate._stems(["a ball", "A ball!", "a ball", "?"], [0, 0, 0, 5]) == [
-        "a-ball-0",
-        "a-ball-0-2",
-        "a-ball-0-3",
-        "clip-5",
-    ]
+def test_clips_of_one_name_do_not_overwrite_each_other(tmp_path, generated):
+    assert cli.main(["generate", "a ball", "A ball!", "a ball", "?", f"--output={tmp_path}"]) == 0
+    assert {path.stem for path in tmp_path.glob("*.mp4")} == {"a-ball-0", "a-ball-0-2", "a-ball-0-3", "clip-0"}
+
+
+def test_clips_that_were_made_stay_when_a_later_one_is_not(tmp_path, generated, capsys):
+    generated["fails_at"] = 2
+    assert cli.main(["generate", "a red ball", "--num=3", f"--output={tmp_path}"]) == 130
+    kept = {f"a-red-ball-{seed}.{kind}" for seed in (0, 1) for kind in ("mp4", "gif", "json")}
+    assert {path.name for path in tmp_path.iterdir()} == kept
+    assert capsys.readouterr().out.splitlines() == [f"{tmp_path}/a-red-ball-{seed}.mp4" for seed in (0, 1)]
+
+
+def test_a_clip_that_is_half_written_has_no_name(tmp_path, generated, monkeypatch):
+    def cut_short(path, *_, **__):
+        Path(path).write_bytes(b"GIF89a")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("stvdm.data.video.write_gif", cut_short)
+    assert cli.main(["generate", "a red ball", f"--output={tmp_path}"]) == 130
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_earlier_clips_are_never_lost(tmp_path, generated, capsys):
@@ -88,6 +110,16 @@ def test_earlier_clips_are_never_lost(tmp_path, generated, capsys):
     clips = {f"{stem}.{kind}" for stem in stems for kind in ("mp4", "gif", "json")}
     assert {path.name for path in tmp_path.iterdir()} == clips | sheets
     assert (tmp_path / "a-red-ball-0.gif").read_text() == "mine"
+
+
+def test_where_clips_can_not_go_is_known_before_anything_is_computed(tmp_path, generated, failure, capsys):
+    (tmp_path / "file").write_text("mine")
+    assert cli.main(["generate", "a red ball", f"--output={tmp_path}/file"]) == 1
+    assert f"{tmp_path}/file" in capsys.readouterr().err
+    assert "--output=gs://bucket/clips: expected a folder of this machine" in failure(
+        "generate", "a red ball", "--output=gs://bucket/clips"
+    )
+    assert not generated
 
 
 def test_a_prompt_without_quotes_is_no_prompt_for_each_word(tmp_path, generated, failure):

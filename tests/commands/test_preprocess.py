@@ -2,8 +2,10 @@
 """What `stvdm preprocess` writes and refuses."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -55,7 +57,8 @@ def latents_in(folder):
 def test_preprocess_writes_the_latents_that_the_autoencoder_makes(made, tmp_path, capsys):
     words, model, params = made
     assert cli.main([*words, f"--out={tmp_path}/latents"]) == 0
-    assert "encoding 3/3" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "encoding 3/3" in said.err and said.out == f"3 latents in {tmp_path}/latents\n"
 
     source = loader.KineticShapes(num_clips=3, seed=3)
     latents = latents_in(tmp_path / "latents")
@@ -65,6 +68,14 @@ def test_preprocess_writes_the_latents_that_the_autoencoder_makes(made, tmp_path
     means, _ = jax.jit(lambda video: model.apply({"params": params}, video, method="encode"))(videos)
     for clip, mean in zip(clips, means, strict=True):
         np.testing.assert_allclose(latents[clip["caption"]], mean, rtol=1e-2, atol=1e-2)
+
+
+def test_a_config_is_refused_for_what_latents_are_made_by(made, tmp_path, failure):
+    words, begun = [*made[0], f"--out={tmp_path}/latents"], tmp_path / "latents"
+    error = failure(*words, "--config.data.fps=nan", "--config.seed=-1", "--config.optimizer.learning_rate=0.0")
+    assert "this config cannot run" in error and "- data.fps=nan: " in error and "- seed=-1: " in error
+    assert "learning_rate" not in error and "autoencoder=''" not in error
+    assert not begun.exists()
 
 
 def test_all_devices_of_a_host_encode_and_make_what_one_makes(made, tmp_path, monkeypatch):
@@ -101,11 +112,26 @@ def test_each_process_of_a_job_finds_its_share(made, tmp_path):
     shared = [*supervised, *command, "--host=auto", f"--out={tmp_path}/shared"]
     run = subprocess.run(shared, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count('"count": 520') == 2  # both say what there is in the end
+    assert run.stdout.count("520 latents in ") == 2  # both say what there is in the end
     assert "encoding 512/520" in run.stderr or "encoding 520/520" in run.stderr
     whole, parts = (records.read_metadata(tmp_path / name) for name in ("alone", "shared"))
     assert len(whole["shards"]) == 2 and parts == whole  # the same bytes, by their fingerprint
     assert not list((tmp_path / "shared").glob("*.unfinished"))
+
+
+def test_a_host_that_waits_says_for_what(made, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)  # of two, and there is one shard, which is of the other
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    def sleep(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    assert cli.main([*made[0], "--host=auto", f"--out={tmp_path}/latents"]) == 130
+    assert f"waiting for the shards of the other hosts, which are to write to this one's {tmp_path}/latents" in (
+        capsys.readouterr().err
+    )
 
 
 def test_preprocess_without_an_autoencoder_is_refused(config_file, failure):
