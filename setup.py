@@ -55,7 +55,7 @@ setup(
             "mypy>=1.15",
             "nbclient>=0.10",
             "nbformat>=5.10",
-            "pytest>=8",
+            "pytest>=9",
             "pytest-xdist>=3.6",
             "pyyaml>=6",
             "qwix>=0.1.8",
@@ -65,7 +65,6 @@ setup(
             "tokenizers>=0.22",
         ],
         "parity": ["accelerate>=1", "diffusers>=0.35", "peft>=0.17", "torch>=2.8", "transformers>=4.56"],
-        "demo": ["gradio>=5"],
         "quantized": ["qwix>=0.1.8"],
         "text": ["ftfy>=6.3", "sentencepiece>=0.2", "tokenizers>=0.22"],  # what T5's tokenizers are read with
     },

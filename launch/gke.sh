@@ -17,8 +17,8 @@ launch/gke.sh ACTION NAME [--dry-run] [...]
 
 It talks to the cluster of kubectl's context, which has JobSet and node pools of such slices: made by XPK, by Cluster
 Toolkit or by hand. --data is to be read as the folder /mnt/data, or with --writable written to as well, by GKE's driver
-of Cloud Storage FUSE. What is silent for --timeout-s is started again. --dry-run prints the commands, quoted so that they
-can be pasted, and runs none.
+of Cloud Storage FUSE, as --service-account; what is named gs:// goes by the service account of the node pool. What is
+silent for --timeout-s is started again. --dry-run prints the commands, quoted so that they can be pasted, and runs none.
 EOF
 }
 
@@ -125,6 +125,7 @@ spec:
             - name: stvdm
               image: $(json "$image")
               command: [$(json stvdm supervise --grace-s=120 --timeout-s="$timeout" --chip="$chip" -- "$@")]
+              securityContext: {privileged: true}  # opens /dev/vfio, and pins the memory that libtpu sends from
               ports: [{containerPort: 8471}, {containerPort: 8080}]  # between chips' hosts; between slices
               resources:
                 requests: {google.com/tpu: $tpus}
@@ -187,6 +188,9 @@ case "$action" in
         fi
         ;;
     status) run kubectl get pods --selector="jobset.sigs.k8s.io/jobset-name=$name" --output=wide ;;
-    logs) run kubectl logs "job/$name-slice-0" --follow --tail=100 ;;
+    logs) # of process 0, which alone tells of progress: of job/NAME kubectl takes the pod that was ready first
+        first=jobset.sigs.k8s.io/jobset-name=$name,jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0
+        run kubectl logs --selector="$first" --container=stvdm --follow --tail=100
+        ;;
     stop) run kubectl delete jobset "$name" ;;
 esac

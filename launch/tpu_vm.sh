@@ -126,15 +126,17 @@ case "$action" in
         # https://docs.cloud.google.com/storage/docs/cloud-storage-fuse/install
         # shellcheck disable=SC2016 # the release's name is the worker's
         repository='deb [signed-by=/usr/share/keyrings/cloud.google.asc] https://packages.cloud.google.com/apt gcsfuse-$(lsb_release -cs) main'
+        # On a machine that has just booted, unattended upgrades hold the lock.
         fuse="command -v gcsfuse || { curl -fsSL https://packages.cloud.google.com/apt/doc/apt-key.gpg \
 | sudo tee /usr/share/keyrings/cloud.google.asc > /dev/null && echo \"$repository\" \
-| sudo tee /etc/apt/sources.list.d/gcsfuse.list && sudo apt-get update -qq && sudo apt-get install -qq -y gcsfuse; }"
+| sudo tee /etc/apt/sources.list.d/gcsfuse.list && sudo apt-get update -qq \
+&& sudo apt-get install -qq -y -o DPkg::Lock::Timeout=600 gcsfuse; }"
         options=(--implicit-dirs)
         if [ "$writable" = no ]; then options+=(-o ro); fi
         if [ -n "$folder" ]; then options+=(--only-dir="$folder"); fi
-        everywhere "{ $fuse; } && sudo mkdir -p /mnt/data \
-&& { ! mountpoint -q /mnt/data || fusermount -u /mnt/data; } \
-&& sudo chown \"\$(id -u)\" /mnt/data && gcsfuse $(quoted "${options[@]}" "$bucket") /mnt/data"
+        # What was mounted goes first: of one whose gcsfuse has died all but that fails.
+        everywhere "{ $fuse; } && { ! grep -q ' /mnt/data ' /proc/mounts || fusermount -u /mnt/data; } \
+&& sudo mkdir -p /mnt/data && sudo chown \"\$(id -u)\" /mnt/data && gcsfuse $(quoted "${options[@]}" "$bucket") /mnt/data"
         ;;
     start)
         case "$chip" in
@@ -149,7 +151,13 @@ case "$action" in
         # shellcheck disable=SC2016 # $HOME and $PATH are the worker's
         script='export PATH="$HOME/stvdm/.venv/bin:$PATH"; exec stvdm supervise --grace-s=120'
         script="$script $(quoted --timeout-s="$timeout" --chip="$chip" -- "$@")"
-        everywhere "cd stvdm && printf '%s\\n' $(quoted "$script") > start.sh && sudo systemd-run --unit=stvdm --collect \
+        # A machine that booted again has no mount, but still the empty folder, which takes what is written to it.
+        mounted=""
+        case "$*" in */mnt/data*)
+            mounted='{ mountpoint -q /mnt/data || { echo "/mnt/data is not mounted: expected the bucket, so mount it first" >&2; exit 1; }; } && '
+            ;;
+        esac
+        everywhere "${mounted}cd stvdm && printf '%s\\n' $(quoted "$script") > start.sh && sudo systemd-run --unit=stvdm --collect \
 --uid=\"\$(id -u)\" --working-directory=\"\$PWD\" --property=KillMode=mixed --property=TimeoutStopSec=150 \
 --property=LimitMEMLOCK=infinity /bin/bash \"\$PWD/start.sh\""
         ;;

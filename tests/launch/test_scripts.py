@@ -84,9 +84,9 @@ MOUNT = (
     "| sudo tee /usr/share/keyrings/cloud.google.asc > /dev/null && echo "
     '"deb [signed-by=/usr/share/keyrings/cloud.google.asc] https://packages.cloud.google.com/apt '
     'gcsfuse-$(lsb_release -cs) main" '
-    "| sudo tee /etc/apt/sources.list.d/gcsfuse.list && sudo apt-get update -qq && sudo apt-get install -qq -y gcsfuse"
-    "; }; } && sudo mkdir -p /mnt/data && { ! mountpoint -q /mnt/data || fusermount -u /mnt/data; } "
-    '&& sudo chown "$(id -u)" /mnt/data && gcsfuse --implicit-dirs'
+    "| sudo tee /etc/apt/sources.list.d/gcsfuse.list && sudo apt-get update -qq && sudo apt-get install -qq -y "
+    "-o DPkg::Lock::Timeout=600 gcsfuse; }; } && { ! grep -q ' /mnt/data ' /proc/mounts || fusermount -u /mnt/data; } "
+    '&& sudo mkdir -p /mnt/data && sudo chown "$(id -u)" /mnt/data && gcsfuse --implicit-dirs'
 )
 TPU = {
     "create --accelerator=v6e-16": [
@@ -242,6 +242,43 @@ def test_latents_are_made_on_all_workers_in_the_mounted_bucket(machine):
     assert cli.parser().parse_args(LATENTS[1:]).host == "auto"
 
 
+def shell_of(ssh):
+    """The line that a worker's shell is given."""
+    (line,) = (word.removeprefix("--command=") for word in ssh if word.startswith("--command="))
+    return line
+
+
+def test_a_mount_whose_gcsfuse_has_died_is_taken_away_first(machine):
+    """Of such a folder even `mkdir -p` fails, and mountpoint(1) says that it is none."""
+    succeeded(machine.run("tpu_vm.sh", "mount", "run", ZONE, "--data=gs://my-bucket"))
+    line = shell_of(machine.argvs[0])
+    machine.log.unlink()
+    for name in ("gcsfuse", "grep", "fusermount", "sudo"):
+        machine.stand_in(name)
+    machine.shell(line)
+    assert [argv[:2] for argv in machine.argvs] == [
+        ["grep", "-q"], ["fusermount", "-u"], ["sudo", "mkdir"], ["sudo", "chown"], ["gcsfuse", "--implicit-dirs"]
+    ]  # fmt: skip
+    assert machine.argvs[0][2:] == [" /mnt/data ", "/proc/mounts"]
+
+
+@pytest.mark.parametrize("command", [LATENTS, [*TRAIN, "--config.data.path=/mnt/data"]])
+def test_a_worker_where_nothing_is_mounted_is_not_started(machine, tmp_path, command):
+    """Latents would be written to its own disk, and the training would find no clips."""
+    succeeded(machine.run("tpu_vm.sh", "start", "run", ZONE, "--chip=v6e", "--", *command))
+    line = shell_of(machine.argvs[0])
+    (tmp_path / "stvdm").mkdir()
+    machine.stand_in("sudo")
+    for status in (1, 0):
+        machine.stand_in("mountpoint", f"sys.exit({status})")
+        run = subprocess.run(
+            ["bash", "-c", line], env=machine.environment(), cwd=tmp_path, stderr=subprocess.PIPE, text=True
+        )
+        assert run.returncode == status
+        assert ("/mnt/data is not mounted: expected the bucket" in run.stderr) == bool(status)
+    assert [argv[0] for argv in machine.argvs[1:]] == ["mountpoint", "mountpoint", "sudo"]
+
+
 def test_start_printed_and_pasted_is_start(machine):
     arguments = ["start", "run", ZONE, "--chip=v5e", "--", *TRAIN, *NASTY]
     succeeded(machine.run("tpu_vm.sh", *arguments))
@@ -291,6 +328,7 @@ def test_a_jobset_of_two_slices(machine):
     assert as_kubernetes_reads(container["command"]) == [
         "stvdm", "supervise", "--grace-s=120", "--timeout-s=900", "--chip=v6e", "--", *TRAIN, *NASTY
     ]  # fmt: skip
+    assert container["securityContext"] == {"privileged": True}
     leaving, _ = pods["podFailurePolicy"]["rules"]
     assert leaving["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [75]}
 
@@ -342,11 +380,13 @@ def test_a_jobset_printed_and_pasted_is_the_jobset(machine):
 
 
 def test_the_other_actions_in_gke(machine):
+    labels = ("jobset.sigs.k8s.io/jobset-name=run", "jobset.sigs.k8s.io/job-index=0")
+    first = ",".join((*labels, "batch.kubernetes.io/job-completion-index=0"))  # where process 0 of JAX is
     for action in ("status", "logs", "stop"):
         succeeded(machine.run("gke.sh", action, "run"))
     assert machine.argvs == [
         ["kubectl", "get", "pods", "--selector=jobset.sigs.k8s.io/jobset-name=run", "--output=wide"],
-        ["kubectl", "logs", "job/run-slice-0", "--follow", "--tail=100"],
+        ["kubectl", "logs", f"--selector={first}", "--container=stvdm", "--follow", "--tail=100"],
         ["kubectl", "delete", "jobset", "run"],
     ]
 
@@ -416,6 +456,13 @@ def test_the_licence_is_named():
     for path in LAUNCH.iterdir():
         if path.suffix != ".md":
             assert "# SPDX-License-Identifier: Apache-2.0\n" in path.read_text("utf-8").splitlines(keepends=True)[:2]
+
+
+def test_the_image_is_made_of_the_commit():
+    """COPY takes all that docker is given: with the folder as it is that is runs, videos and environments too."""
+    (build,) = [line[2:] for line in (LAUNCH / "Dockerfile").read_text("utf-8").splitlines() if "docker build" in line]
+    assert build.startswith("git archive HEAD | docker build -f launch/Dockerfile -t IMAGE - ")
+    assert f"\n{build}\n" in (LAUNCH / "README.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize("script", ["tpu_vm.sh", "gke.sh"])
