@@ -133,17 +133,16 @@ def bucket(tmp_path, monkeypatch):
 
 
 CONFIG_FILE = """
-from ml_collections import ConfigDict
+from stvdm import config as base
 
 def get_config(variant="dit"):
     if variant not in ("dit", "autoencoder"):
         raise ValueError(f"variant={variant!r}: expected dit or autoencoder")
-    config = ConfigDict()
-    config.kind = variant
-    config.overfit = False
+    if variant == "autoencoder":
+        return base.autoencoder()
+    config = base.dit()
     config.autoencoder = "runs/ae"
-    config.model = ConfigDict(dict(width=64, patch=(1, 2, 2)))
-    config.optimizer = ConfigDict(dict(learning_rate=1e-3))
+    config.optimizer.learning_rate = 1e-3
     return config
 """
 
