@@ -42,6 +42,20 @@ TINY_DIT = dict(width=16, num_layers=2, num_heads=2, mlp_width=32, time_features
 TINY_TEXT = dict(width=8, num_layers=1, num_heads=2)
 
 
+def _urgency():
+    return os.sched_getscheduler(0) if hasattr(os, "sched_getscheduler") else None  # where there are none
+
+
+URGENCY = _urgency()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _as_urgent_as_before():
+    """A library that leaves us a real-time priority, as SVT-AV1 does to root, starves all else on two cores."""
+    yield
+    assert _urgency() == URGENCY
+
+
 @pytest.fixture(scope="session")
 def image_tower(tmp_path_factory):
     """The folder of a small published tower that looks at images, and reads nothing; every weight random."""

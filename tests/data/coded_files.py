@@ -9,6 +9,7 @@ red upper and a blue lower half. So the picture tells the time (`bar_position`) 
 
 import dataclasses
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -108,6 +109,16 @@ def bar_position(frame_HWC: np.ndarray) -> float:
 
 
 def write_clip(path: Path, coded: Coded, *, container: str | None = None) -> None:
+    """Code one file, in a thread that then ends.
+
+    SVT-AV1, as root, gives the thread that calls it a real-time priority and fails to take it back. Whatever that one
+    starts afterwards inherits it, and two busy threads of it keep two cores from everything else, for ever.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(_write_clip, path, coded, container).result()
+
+
+def _write_clip(path: Path, coded: Coded, container: str | None) -> None:
     height, width = coded.size
     stored = (width, height) if coded.rotation % 180 else (height, width)
     options = dict(coded.options)
