@@ -56,6 +56,14 @@ def _as_urgent_as_before():
     assert _urgency() == URGENCY
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _programs_go_with_their_module():
+    """Thousands of compiled programs would take several GB of each worker by the end."""
+    yield
+    if jax := sys.modules.get("jax"):
+        jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def image_tower(tmp_path_factory):
     """The folder of a small published tower that looks at images, and reads nothing; every weight random."""
