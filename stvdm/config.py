@@ -15,6 +15,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import reprlib
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -188,7 +189,7 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     try:
         config = parse(*overrides)
     except (flags.Error, TypeError) as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(_refused(str(error), overrides, config)) from error
     flags.FLAGS.mark_as_parsed()  # Grain's worker processes ask absl, and absl is not what parsed our command line
     return config
 
@@ -631,6 +632,22 @@ def _told(error: BaseException, path: str) -> str:
         return _told(below, path)
     where = f"line {lines[-1]}: " if lines else ""
     return f"{where}{error}" if type(error) is ValueError else f"{where}{type(error).__name__}: {error}"
+
+
+_WRITTEN = {bool: "true or false", int: "a whole number", float: "a number", tuple: "values with commas between them"}
+
+
+def _refused(said: str, overrides: Sequence[str], config: ConfigDict) -> str:
+    """What absl says of an override, in words of what its key holds."""
+    blamed = re.match(r"flag --config\.([\w.]+)=", said)
+    if blamed is None:
+        return said
+    key, held = blamed.group(1), flat(config)
+    given = next((override for override in overrides if f"config.{key}=" in override), blamed.group())
+    if key not in held:
+        inside = next(name for name in held if name.startswith(f"{key}."))
+        return f"{given}: expected one of the keys in it, e.g. --config.{inside}={held[inside]}."
+    return f"{given}: expected {_WRITTEN.get(type(held[key]), 'another value')}, as in {reprlib.repr(held[key])}."
 
 
 def _keys(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

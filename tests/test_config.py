@@ -235,6 +235,26 @@ def test_a_key_by_another_name_is_answered_with_ours(key, meant):
 
 
 @pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("total_steps=abc", "a whole number, as in "),
+        ("total_steps=1.5", "a whole number, as in "),
+        ("optimizer.learning_rate=fast", "a number, as in 0.001."),
+        ("model.qk_norm=maybe", "true or false, as in True."),
+        ("data.buckets=((5,16,16,2,1.0),", "values with commas between them, as in "),
+        ("data.world=a: b", "values with commas between them, as in "),
+        ("optimizer=3", "one of the keys in it, e.g. --config.optimizer.accumulate=1."),
+        ("total_steps", ""),
+    ],
+)
+def test_a_value_of_another_kind_is_answered_with_what_its_key_holds(override, expected, config_file):
+    said = f"--config.{override}: expected {expected}" if expected else f"Missing value for flag --config.{override}"
+    with pytest.raises(ValueError) as refused:
+        base.load(config_file, ["--config.seed=1", f"--config.{override}"])
+    assert str(refused.value).startswith(said)
+
+
+@pytest.mark.parametrize(
     ("text", "said"),
     [
         ("x = 1", "has no attribute 'get_config'"),
