@@ -510,8 +510,9 @@ def describe_model(directory: epath.PathLike) -> dict[str, Any]:
     source = epath.Path(directory).expanduser()
     missing = [name for name in (WEIGHTS, DESCRIPTION) if not (source / name).exists()]
     if missing:
+        absent = " and no ".join(missing) if source.exists() else "such folder"
         raise FileNotFoundError(
-            f"{source}: expected a model, found no {' and no '.join(missing)}; give the --workdir of a training that "
+            f"{source}: expected a model, found no {absent}; give the --workdir of a training that "
             "has ended, or run that training first, or give what `stvdm import` wrote."
         )
     description = tensor_files.told_in(source / DESCRIPTION)

@@ -120,6 +120,8 @@ def _refuse_unknown(rest: Sequence[str], argv: Sequence[str], *, overrides_allow
             continue
         name = argument.split("=", 1)[0]
         near = difflib.get_close_matches(name, sorted(_flags_of(argv)), n=3)
+        if overrides_allowed:
+            near = [*_overrides_called(name.lstrip("-")), *near]
         raise ValueError(f"{argument}: no such argument" + (f"; did you mean {' or '.join(near)}?" if near else ""))
 
 
@@ -133,6 +135,14 @@ def _flags_of(argv: Sequence[str]) -> Iterator[str]:
                 break
     for action in found._actions:
         yield from (option for option in action.option_strings if option.startswith("--"))
+
+
+def _overrides_called(name: str) -> Iterator[str]:
+    """The overrides of keys of this name, which are given as --config.KEY."""
+    from stvdm import config
+
+    keys = {**config.defaults("autoencoder"), **config.defaults("dit")}
+    return (f"--config.{key}" for key in keys if name in (key, key.rpartition(".")[2]))
 
 
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -422,9 +422,10 @@ def _together(config: ConfigDict) -> Iterator[str]:
     yield from _choice("export_dtype", config.export_dtype, ("float32", "bfloat16", "float16"))
     yield from _choice("model.dtype", config.model.dtype, ("float32", "bfloat16"))
     if optimizer.schedule != "constant" and optimizer.warmup_steps >= config.total_steps:
+        fewer = max(0, config.total_steps // 10)
         yield (
             f"optimizer.warmup_steps={optimizer.warmup_steps}: expected fewer than total_steps={config.total_steps}, "
-            f"e.g. --config.optimizer.warmup_steps={config.total_steps // 10}, or optimizer.schedule='constant'."
+            f"e.g. --config.optimizer.warmup_steps={fewer}, or optimizer.schedule='constant'."
         )
     shards = math.prod(size for size in (config.mesh.data, config.mesh.fsdp) if size > 0)
     for *_, batch, _ in data.buckets:
@@ -645,8 +646,9 @@ def _refused(said: str, overrides: Sequence[str], config: ConfigDict) -> str:
     key, held = blamed.group(1), flat(config)
     given = next((override for override in overrides if f"config.{key}=" in override), blamed.group())
     if key not in held:
-        inside = next(name for name in held if name.startswith(f"{key}."))
-        return f"{given}: expected one of the keys in it, e.g. --config.{inside}={held[inside]}."
+        inside = [name for name in held if name.startswith(f"{key}.")]
+        plain = next((name for name in inside if not isinstance(held[name], tuple | str)), inside[0])  # for a shell
+        return f"{given}: expected one of the keys in it, e.g. --config.{plain}={held[plain]}."
     return f"{given}: expected {_WRITTEN.get(type(held[key]), 'another value')}, as in {reprlib.repr(held[key])}."
 
 

@@ -382,6 +382,9 @@ def test_a_damaged_or_mixed_model_is_refused(tmp_path):
     weights.write_bytes(b"")
     with pytest.raises(ValueError, match="model.safetensors: 0 bytes, .*copy it again"):
         checkpoint.load_model(tmp_path / "one")
+    with pytest.raises(FileNotFoundError, match="expected a model, found no such folder"):
+        checkpoint.load_model(tmp_path / "nothing")
+    (tmp_path / "nothing").mkdir()
     with pytest.raises(FileNotFoundError, match="found no model.safetensors and no model.json"):
         checkpoint.load_model(tmp_path / "nothing")
     assert json.loads((tmp_path / "one" / checkpoint.DESCRIPTION).read_text())["sha256"]

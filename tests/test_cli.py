@@ -33,6 +33,18 @@ def test_values_out_of_range_are_refused_before_anything_is_loaded(words, capsys
     assert words.split()[0] in capsys.readouterr().err
 
 
+def test_a_key_of_the_config_that_is_given_as_a_flag_is_told_how(failure, config_file):
+    words = ("train", "dit", f"--config={config_file}", "--workdir=runs/x")
+    assert "no such argument; did you mean --config.total_steps?" in failure(*words, "--total_steps=5")
+    assert "did you mean --config.optimizer.learning_rate?" in failure(*words, "--learning_rate=1e-3")
+
+
+def test_what_is_to_be_trained_is_asked_for_by_its_choices(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--config=configs/quickstart.py", "--workdir=runs/x"])
+    assert "required: {autoencoder,dit}" in capsys.readouterr().err
+
+
 def test_a_mistyped_flag_names_its_neighbour(failure):
     assert "--guidence=2: no such argument; did you mean --guidance " in failure("generate", "x", "--guidence=2")
 

@@ -244,6 +244,7 @@ def test_a_key_by_another_name_is_answered_with_ours(key, meant):
         ("data.buckets=((5,16,16,2,1.0),", "values with commas between them, as in "),
         ("data.world=a: b", "values with commas between them, as in "),
         ("optimizer=3", "one of the keys in it, e.g. --config.optimizer.accumulate=1."),
+        ("model=3", "one of the keys in it, e.g. --config.model.extra_channels=0."),
         ("total_steps", ""),
     ],
 )

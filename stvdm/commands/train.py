@@ -21,7 +21,12 @@ def add(commands: Any) -> None:
         "The same command again goes on from the last checkpoint in WORKDIR. Any key of the config can be changed with "
         "--config.KEY=VALUE; stvdm/config.py lists every key with its unit and meaning.",
     )
-    command.add_argument("stage", choices=("autoencoder", "dit"), help="the autoencoder comes first; the DiT needs one")
+    command.add_argument(
+        "stage",
+        choices=("autoencoder", "dit"),
+        metavar="{autoencoder,dit}",  # what is asked for where it is missing
+        help="the autoencoder comes first; the DiT needs one",
+    )
     parts.add_config(command)
     command.add_argument("--workdir", required=True, metavar="DIR", help="checkpoints, metrics, previews; may be gs://")
     command.add_argument(

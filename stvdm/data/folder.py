@@ -109,7 +109,7 @@ class FolderSource:
     def __init__(self, path: str | os.PathLike, *, fps: float, min_frames: int = 1, limits: Limits = DEFAULT_LIMITS):
         self.path, self.fps, self.limits = Path(path), fps, limits
         if not self.path.is_dir():
-            raise ValueError(f"path={str(path)!r}: expected a folder of videos, so check the spelling")
+            raise ValueError(f"path={str(path)!r}: expected a folder of videos, so check it (`--config.data.path`)")
         if not (math.isfinite(fps) and fps > 0):
             raise ValueError(f"fps={fps}: expected above 0, so give the rate that clips are to be read at, e.g. 8")
         captions = _read_captions(self.path)

@@ -363,7 +363,10 @@ def main(config: ConfigDict, workdir: epath.PathLike) -> None:
 
 def load_autoencoder(path: epath.PathLike) -> tuple[Tree, dict[str, Any]]:
     """({"autoencoder", "statistics"}, description) of the run or exported model in a folder."""
-    params, description = checkpoint.load_model(pipeline.model_folder(path))
+    try:
+        params, description = checkpoint.load_model(pipeline.model_folder(path))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"autoencoder: {error}") from error
     return {name: params[name] for name in ("autoencoder", "statistics")}, description
 
 

@@ -140,7 +140,9 @@ def test_preprocess_without_an_autoencoder_is_refused(config_file, failure):
 
 
 def test_preprocess_takes_the_autoencoder_of_the_config(config_file, failure):
-    assert "runs/ae: expected a model, found no" in failure("preprocess", f"--config={config_file}", "--out=latents")
+    assert "runs/ae: expected a model, found no such folder" in failure(
+        "preprocess", f"--config={config_file}", "--out=latents"
+    )
 
 
 def test_hosts_are_counted_from_0(config_file, capsys):

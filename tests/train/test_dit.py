@@ -44,6 +44,11 @@ def test_a_run_refuses_to_go_on_with_other_data(dit_config, tmp_path, one_device
         dit.main(dit_config(total_steps=2, data__num_clips=65), tmp_path)
 
 
+def test_an_autoencoder_that_is_not_there_is_named_by_its_key(tmp_path):
+    with pytest.raises(FileNotFoundError, match="^autoencoder: .*nowhere: expected a model, found no such folder"):
+        dit.load_autoencoder(tmp_path / "nowhere")
+
+
 @pytest.mark.slow
 def test_overfitting_goes_on_with_the_same_batch(dit_config, tmp_path, one_device):
     dit.main(dit_config(total_steps=2, overfit=True), tmp_path / "whole")
